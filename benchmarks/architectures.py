@@ -36,12 +36,11 @@ from transformers.models.auto.modeling_auto import (
 
 import fistapruner as fp
 from fistapruner.measure.streaming import Passes, score_windows
-from fistapruner.models.architecture import auto_class
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.writer import write_checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.layout import Layout
+from fistapruner.models.build import auto_class
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import Layout, discover
+from fistapruner.models.write import write_checkpoint
 
 TYPES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 """The class of each type."""

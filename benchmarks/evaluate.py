@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from fistapruner.measure.data import load_windows
 from fistapruner.measure.logits import perplexity_of
 from fistapruner.measure.streaming import Passes, score_windows
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.source import resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 

@@ -153,9 +153,9 @@ def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], ar
     """Sizes of a run, of a checkpoint that may be a file of holes: sizes without bytes."""
     from fistapruner import Recipe
     from fistapruner.core import parse_sparsity
-    from fistapruner.models.discovery import discover
-    from fistapruner.models.files.checkpoint import Checkpoint
-    from fistapruner.models.layerwise import LayerwiseModel
+    from fistapruner.models.checkpoint import Checkpoint
+    from fistapruner.models.layers import LayerwiseModel
+    from fistapruner.models.operators import discover
     from fistapruner.planning import Bound
 
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device(device))
@@ -173,7 +173,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fistapruner.models.files.safetensors import SafetensorsWriter, TensorEntry
+    from fistapruner.models.safetensors import TensorEntry, safetensors_writer
 
     folder.mkdir(parents=True)
     settings = {
@@ -195,12 +195,12 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
     if holes:
         write_holes(folder / "model.safetensors", entries)
         return folder
-    with SafetensorsWriter(folder / "model.safetensors", entries, {"format": "pt"}) as writer:
+    with safetensors_writer(folder / "model.safetensors", entries, {"format": "pt"}) as write:
         for name, sizes in names.items():
             tensor = (
                 torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
             )
-            writer.write(name, tensor.to(torch.bfloat16))
+            write(name, tensor.to(torch.bfloat16))
     write_tokenizer(folder)
     return folder
 

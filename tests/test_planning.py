@@ -16,9 +16,9 @@ from fistapruner import Recipe
 from fistapruner.cli import main
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
 from fistapruner.pruning.inputs import change_widths

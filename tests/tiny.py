@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 
 import fistapruner as fp
-from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry, load_run
 

@@ -24,10 +24,10 @@ from .allocate.fisher import HEAD_TOKENS, WIDE
 from .allocate.measure import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from .core import Constraint, LayerProblem
 from .errors import FistaPrunerError
-from .models.coupling import named_size
-from .models.layerwise import Call, LayerwiseModel
-from .models.layout import Layout, Operator
-from .models.whole import require_whole, whole_bytes
+from .models.build import require_whole, whole_bytes
+from .models.layers import Call, LayerwiseModel
+from .models.links import named_size
+from .models.operators import Layout, Operator
 from .papers.bypass import LENGTH, SEQUENCES
 from .passes.store import scratch_factory
 from .passes.stream import embed

@@ -24,11 +24,10 @@ from fistapruner.allocate.channels import (
 )
 from fistapruner.core import NM, Constraint
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.coupling import Link
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint, reorder
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.layout import Operator
+from fistapruner.models.checkpoint import Checkpoint, reorder
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.links import Link
+from fistapruner.models.operators import Operator, discover
 from fistapruner.runs.directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 16}

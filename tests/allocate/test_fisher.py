@@ -13,9 +13,9 @@ import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
 from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity, row_importance
 from fistapruner.allocate.measure import decide
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.passes.store import scratch_factory as store
 
 WINDOWS, SEQLEN = 3, 12

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.safetensors import SafetensorsFile
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),

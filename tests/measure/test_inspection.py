@@ -20,8 +20,8 @@ from fistapruner import NM, FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.core.constraints import patterns_met
 from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from packed.pruned import save_pruned
 
 

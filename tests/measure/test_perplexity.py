@@ -20,8 +20,8 @@ from fistapruner.cli import main
 from fistapruner.measure import streaming
 from fistapruner.measure.data import Windows
 from fistapruner.measure.tasks import Tasks, task_result
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.records import Report
 
 evaluate: Any = fp.evaluate

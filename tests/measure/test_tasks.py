@@ -22,9 +22,9 @@ import fistapruner as fp
 import tiny
 from fistapruner.measure.logits import mcnemar
 from fistapruner.measure.tasks import Tasks, TaskSettings, evaluate_tasks, find_tasks, local_task, task_result
-from fistapruner.models import whole
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.whole import whole_bytes
+from fistapruner.models import build
+from fistapruner.models.build import whole_bytes
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.reporting.measured import task_facts
 
 CHOICES = [
@@ -181,10 +181,10 @@ def test_weights_are_checked_before_tasks(tmp_path: Path, asked: list[Any]) -> N
 def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
 ) -> None:
-    monkeypatch.setattr(whole, "resident_memory", lambda: 2**20)
+    monkeypatch.setattr(build, "resident_memory", lambda: 2**20)
     small = tiny.save("llama", tmp_path / "small", num_hidden_layers=1)
     large = tiny.save("llama", tmp_path / "large")
-    limit = 2**20 + int(whole_bytes(Checkpoint.open(small), torch.float32) / whole.ROOM)
+    limit = 2**20 + int(whole_bytes(Checkpoint.open(small), torch.float32) / build.ROOM)
     for model, against in ((large, None), (small, large)):
         with pytest.raises(fp.FistaPrunerError, match=r"^memory_limit .*iB is not enough: .* whole .*large, which"):
             fp.evaluate(model, against=against, tasks=["piqa"], memory_limit=limit)

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import ModelSource, converted_gguf, resolve_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
@@ -55,20 +55,6 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     assert resolve_model(str(path), cache) != first
 
 
-def test_the_one_gguf_file_of_a_folder_is_taken(tmp_path: Path) -> None:
-    alone, cache = tmp_path / "alone", tmp_path / "cache"
-    alone.mkdir()
-    write_gguf(alone / "tiny.gguf")
-    (alone / "mmproj-tiny.gguf").touch()  # encodes images
-    (alone / "config.json").write_text("{}")  # as many repositories have it
-    assert Checkpoint.open(resolve_model(alone, cache)).names()
-    (alone / "other.gguf").touch()
-    with pytest.raises(FistaPrunerError, match=r"it holds GGUF files \(other.gguf, tiny.*: give one of them"):
-        Checkpoint.open(resolve_model(alone, cache))
-    (alone / "model.safetensors").touch()
-    assert resolve_model(alone, cache) == alone
-
-
 def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
     for number in range(3):
         write_gguf(tmp_path / f"m-{number + 1:05d}-of-00003.gguf", part=(number, 3))
@@ -76,7 +62,7 @@ def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
     with pytest.raises(FistaPrunerError, match=said.format(2, 2)):
         check_gguf(tmp_path / "m-00002-of-00003.gguf")
     with pytest.raises(FistaPrunerError, match=said.format(1, 1)):
-        resolve_model(tmp_path, tmp_path / "cache")
+        resolve_model(tmp_path / "m-00001-of-00003.gguf", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

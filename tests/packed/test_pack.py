@@ -19,7 +19,7 @@ from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.measure.speed import bench, record
-from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.pack import NoPackedFormError

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import Checkpoint
 from tiny import GQA, SIZES, save, spread, tokenizer
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.safetensors import SafetensorsFile
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory

@@ -17,8 +17,8 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.core.linalg import alive_gram
-from fistapruner.models.discovery import discover
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.goa import (
     DAMPING,

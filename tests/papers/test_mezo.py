@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.papers.mezo import EPS, Draw, ForwardOnly, standard_normal
 from fistapruner.papers.subzero import RANK, REFRESH, subspace_normal
 from fistapruner.text.training import TrainingText

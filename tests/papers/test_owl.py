@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fistapruner.core import Unstructured
-from fistapruner.models.layout import Layout, Operator
+from fistapruner.models.operators import Layout, Operator
 from fistapruner.papers.owl import REACH, InputEnergy, Outliers
 
 

@@ -21,9 +21,9 @@ from fistapruner.allocate.allocate import ZerosBudget, split_budget
 from fistapruner.allocate.curves import bounds, sparsity_grid
 from fistapruner.allocate.fisher import DensePasses, measure_sensitivity, row_importance
 from fistapruner.allocate.measure import check_allocation, decide
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.papers.so_ebm import Costs, Workload, decisions, energy_loss, learn
 from fistapruner.passes.store import scratch_factory
 from fistapruner.text.windows import window_tasks

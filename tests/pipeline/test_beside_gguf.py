@@ -17,7 +17,7 @@ from fistapruner.measure.speed import Run, Speed, Variant, bench, compare
 from fistapruner.runs.records import load_run
 
 pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from fistapruner.models.files.gguf import convert_gguf
+from fistapruner.models.gguf import convert_gguf
 from tiny_gguf import write_gguf
 
 TEXT = " ".join(["the cat sat on a mat and saw the dog run by it"] * 40)

@@ -14,7 +14,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.record import read_pruning_record
+from fistapruner.models.record import read_pruning_record
 from fistapruner.models.source import ModelSource
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.lineage import dense_of

@@ -20,10 +20,10 @@ from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.speed import Speed, Variant, bench, load_variant, weight_bytes
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.low_rank import LowRankAdapter
-from fistapruner.models.files.safetensors import SafetensorsFile
-from fistapruner.models.whole import load_whole
+from fistapruner.models.build import load_whole
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.low_rank import LowRankAdapter
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import load_run

@@ -17,10 +17,9 @@ from fistapruner import FistaPrunerError, Recipe, solve
 from fistapruner.core import LayerProblem, ProblemSums, parse_sparsity
 from fistapruner.core.constraints import stack
 from fistapruner.core.problem import unweighted
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.layout import Layout, Operator
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import Layout, Operator, discover
 from fistapruner.passes.store import HiddenStates, scratch_factory
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams

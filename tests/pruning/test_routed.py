@@ -15,8 +15,8 @@ import fistapruner as fp
 import tiny
 from fistapruner.core import NM, LayerProblem
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.passes.store import HiddenStates, RoutedTokens
 from fistapruner.runs.directory import PruneDirectory
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.files.folder_files import PRUNING_RECORD
+from fistapruner.models.checkpoint import PRUNING_RECORD
 from fistapruner.runs.directory import LayerJournal, PruneDirectory, RecoverDirectory, RunDirectory, refuse_out
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold

@@ -14,8 +14,8 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import prompts, time_generation
+from fistapruner.models.build import load_whole
 from fistapruner.models.source import Permissions
-from fistapruner.models.whole import load_whole
 from fistapruner.pruning.workers import prune_one
 from fistapruner.runtime.devices import choose_device, worker_devices
 from standin.gpu import StandIn

@@ -16,9 +16,9 @@ import fistapruner as fp
 import tiny
 from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 from fistapruner.settings.structure import Remove

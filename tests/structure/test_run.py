@@ -19,7 +19,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import LayerEntry, load_run

@@ -11,9 +11,9 @@ from transformers import BertConfig, BertLMHeadModel
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.smaller import Widths, removed_weights, resized

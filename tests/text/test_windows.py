@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.papers.mamf import Mixture
 from fistapruner.settings.prune import Calibration
 from fistapruner.text import calibration_length, calibration_tokens, tokens_sha256

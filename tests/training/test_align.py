@@ -18,7 +18,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.runs.records import Report, load_run
 from tiny import tensors
 

@@ -20,7 +20,7 @@ import tiny
 from fistapruner.core import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear
 

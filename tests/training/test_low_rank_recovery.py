@@ -17,10 +17,10 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.low_rank import LowRankAdapter
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.low_rank import LowRankAdapter
+from fistapruner.models.operators import discover
 from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import Report
 from fistapruner.settings.train import RecoverRecipe

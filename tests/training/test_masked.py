@@ -12,7 +12,7 @@ from test_objective import make_text, opened
 from torch import Tensor, nn
 
 import tiny
-from fistapruner.models.discovery import discover
+from fistapruner.models.operators import discover
 from fistapruner.papers.spp import Spp
 from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.train import RecoverRecipe

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 
 import tiny
-from fistapruner.models.discovery import discover
+from fistapruner.models.operators import discover
 from fistapruner.papers.mrpo import Preference, margins_of
 from fistapruner.settings.align import PairData
 from fistapruner.settings.train import RecoverRecipe

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import tiny
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.operators import discover
 from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.run import prune

@@ -21,7 +21,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, training_facts
 from fistapruner.reporting.figures import mean_error

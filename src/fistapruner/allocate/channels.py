@@ -1,7 +1,7 @@
 """Order channels and rotate heads so that an n:m pattern keeps most of the important weights.
 
 An n:m pattern keeps n of every m neighbouring weights of a row, however important the others are. Where the order of an
-operator's input channels is free (:mod:`fistapruner.models.coupling`), channels can be ordered so that the important
+operator's input channels is free (:mod:`fistapruner.models.links`), channels can be ordered so that the important
 weights of a row are spread over the groups. The dense model's outputs do not change.
 
 The order is found as in RIA (Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ..core import NM, Constraint
 from ..core.thresholds import spread_stride
-from ..models.coupling import Link, find_links, reordered
-from ..models.files.checkpoint import reorder
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.checkpoint import reorder
+from ..models.layers import LayerwiseModel
+from ..models.links import Link, find_links, reordered
+from ..models.operators import Layout
 from ..runtime.devices import available_cores
 
 ROWS = 2048
@@ -135,7 +135,7 @@ def head_rotation(link: Link, reader: Tensor, gram: Tensor, pattern: NM, writer:
         energy: (n,) mean squared inputs of ``writer``.
 
     Returns:
-        (blocks, channels, channels) fp32 orthogonal matrices for :func:`~fistapruner.models.files.checkpoint.reorder`:
+        (blocks, channels, channels) fp32 orthogonal matrices for :func:`~fistapruner.models.checkpoint.reorder`:
         rotations, and in the heads that they lead to the order of channels of which the pattern keeps most.
     """
     blocks, repeats, channels = link.blocks, link.repeats, link.channels

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from ..core.linalg import exact_in_fast_products, fast_products
 from ..core.sums import add_gram, mirror
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.operators import Layout
 from ..passes.store import HiddenStates, Store
 from ..passes.stream import Visit, Watched, backward, forward
 from ..runtime.numerics import dtype_name

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout, Operator
+from ..models.layers import LayerwiseModel
+from ..models.operators import Layout, Operator
 from ..papers.owl import InputEnergy, Outliers
 from ..papers.so_ebm import Workload
 from ..runs.records import WorkloadFacts

@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
-from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel
+from ..models.build import require_tasks_fit, whole_bytes
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import LowRankAdapter
 from ..models.source import Permissions
-from ..models.whole import require_tasks_fit, whole_bytes
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.results import Evaluation

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..models.files.checkpoint import Checkpoint
+from ..models.build import load_whole, whole_fits
+from ..models.checkpoint import Checkpoint
 from ..models.tokenizer import load_tokenizer
-from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
 from ..runtime.show import Tick, silent

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import model_inside
-from ..models.files.low_rank import LowRankAdapter
-from ..models.files.record import (
+from ..models.checkpoint import Checkpoint, model_inside
+from ..models.low_rank import LowRankAdapter
+from ..models.operators import stored_model
+from ..models.record import (
     MIN_ZEROS,
     read_pruning_record,
     recorded_claims,
@@ -25,9 +25,8 @@ from ..models.files.record import (
     take_claimed_apart,
     violation_of,
 )
-from ..models.files.safetensors import TensorEntry
+from ..models.safetensors import TensorEntry
 from ..models.source import resolve_model
-from ..models.stored import stored_model
 from ..packed.pack import unpacked
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import read_lineage

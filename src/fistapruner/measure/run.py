@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text
-from ..models.files.gguf import convert_gguf
-from ..models.files.record import lost_structure, read_pruning_record
+from ..models.gguf import convert_gguf
+from ..models.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..reporting.measured import INT8, gain_text
 from ..reporting.model_card import model_card

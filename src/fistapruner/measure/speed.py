@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line, path_text
-from ..models.architecture import refuse_own_code
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import PACKED_RECORD, read_json_in
-from ..models.files.gguf import check_gguf
-from ..models.files.record import has_zeros, lost_structure, read_pruning_record
-from ..models.whole import load_whole
+from ..models.build import load_whole, refuse_own_code
+from ..models.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
+from ..models.gguf import check_gguf
+from ..models.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
 from ..packed.checkpoint import is_packed, low_rank_part
 from ..packed.load import load

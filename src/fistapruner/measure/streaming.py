@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
 from ..passes.check import check_model
 from ..passes.store import HiddenStates

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
-from ..models.architecture import max_length
+from ..models.build import load_whole, max_length
 from ..models.tokenizer import load_tokenizer
-from ..models.whole import load_whole
 from ..passes.store import CPU
 from ..runs.results import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .files.checkpoint import Checkpoint, Stack
-from .names import expert_sources, stored_names
+from .checkpoint import Checkpoint, Stack
+from .names import StoredNames
 
 PARTS = ("gate_proj", "up_proj")
 """Names of the two matrices that ``gate_up_proj`` joins, where the checkpoint has them apart."""
-
 
 GROUPED_BYTES = 16
 """Bytes of which the rows of torch's ``grouped_mm`` must be a multiple."""
@@ -52,38 +51,26 @@ class Expert(nn.Module):
 
     Args:
         fused: the module of ``transformers`` whose activation joins what the linear modules return.
-        readers: (name, outputs, inputs) of these modules.
-        down: (outputs, inputs) of ``down_proj``.
-        biased: linear modules have a bias.
+        shapes: (outputs, inputs) of the linear modules, by name; that of ``down_proj`` is the last one.
     """
 
-    def __init__(
-        self, fused: Any, readers: Sequence[tuple[str, int, int]], down: tuple[int, int], *, biased: bool
-    ) -> None:
+    def __init__(self, fused: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
         self._fused: list[Any] = [fused]  # in a list: no submodule
-        self._readers = [name for name, _, _ in readers]
-        for name, outputs, inputs in readers:
-            self.add_module(name, ExpertLinear(inputs, outputs, bias=biased, device="meta"))
-        self.down_proj = ExpertLinear(down[1], down[0], bias=biased, device="meta")
+        self.readers = tuple(shapes)[:-1]  # names of the linear modules that read its tokens
+        for name, (outputs, inputs) in shapes.items():
+            self.add_module(name, ExpertLinear(inputs, outputs, bias=bool(fused.has_bias), device="meta"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the expert's output (tokens, n)."""
-        outputs = [self.get_submodule(name)(tokens) for name in self._readers]
-        output: Tensor = self.down_proj(self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)))
+        outputs = [self.get_submodule(name)(tokens) for name in self.readers]
+        output: Tensor = self.get_submodule("down_proj")(
+            self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1))
+        )
         return output
 
-    @property
-    def readers(self) -> tuple[str, ...]:
-        """Return the names of the linear modules that read its tokens, in order."""
-        return tuple(self._readers)
-
     def channels(self, outputs: Tensor) -> Tensor:
-        """Compute the inputs of ``down_proj`` from the outputs of the readers; it takes no weights.
-
-        Args:
-            outputs: (tokens, rows) of all readers, beside one another.
-        """
+        """Compute the inputs of ``down_proj`` from the outputs (tokens, rows) of all readers."""
         (fused,) = self._fused
         channels: Tensor = fused._apply_gate(outputs) if fused.has_gate else fused.act_fn(outputs)
         return channels
@@ -110,31 +97,27 @@ class Experts(nn.Module):
 
     def __init__(self, fused: Any, *, apart: bool) -> None:
         super().__init__()
-        shapes = {name: _matrix(fused, parameter) for name, parameter in fused.named_parameters() if parameter.ndim > 2}
-        (first,) = (name for name in shapes if name != "down_proj")
-        rows, columns = shapes[first]
-        readers = [(name, rows // 2, columns) for name in PARTS] if apart else [(first, rows, columns)]
+        turn = -1 if fused.is_transposed else 1
+        whole = {name: tuple(each.shape[1:][::turn]) for name, each in fused.named_parameters() if each.ndim > 2}
+        down = whole.pop("down_proj")
+        shapes = {part: (rows // 2, columns) for rows, columns in whole.values() for part in PARTS} if apart else whole
         self._signature = inspect.signature(type(fused).forward)
         self.number = len(fused.down_proj)
-        self.width = shapes["down_proj"][0]
+        self.width = down[0]
         self.transposed = bool(fused.is_transposed)
         for number in range(self.number):
-            expert = Expert(fused, readers, shapes["down_proj"], biased=bool(fused.has_bias))
-            self.add_module(str(number), expert)
+            self.add_module(str(number), Expert(fused, {**shapes, "down_proj": down}))
 
     def experts(self) -> Iterator[tuple[int, Expert]]:
         """Yield (number, expert) of all experts in order."""
         for number in range(self.number):
-            expert = self._modules[str(number)]
-            assert isinstance(expert, Expert)
-            yield number, expert
+            yield number, cast(Expert, self._modules[str(number)])
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
         """Return the fused tensors of ``transformers``, and the linear modules whose weights each joins."""
-        names = [name for name, _ in self.get_submodule("0").named_children()]
-        apart = {"gate_up_proj": PARTS} if set(PARTS) <= set(names) else {}
-        return {**apart, **{name: (name,) for name in names if not apart or name not in PARTS}}
+        readers = cast(Expert, self.get_submodule("0")).readers
+        return {("gate_up_proj" if readers == PARTS else readers[0]): readers, "down_proj": ("down_proj",)}
 
     def routed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return a call's (tokens, n) inputs, and the (tokens, k) chosen experts and their weights."""
@@ -150,8 +133,7 @@ class Experts(nn.Module):
             if number not in used:
                 continue
             rows, places = torch.where(chosen == number)
-            output = expert(inputs[rows])
-            output = output * weights[rows, places, None]
+            output = expert(inputs[rows]) * weights[rows, places, None]
             if total is None:
                 total = output.new_zeros(len(inputs), output.shape[-1])
             total = total.index_add(0, rows, output)  # a token is there at most once: the order of sums is fixed
@@ -164,8 +146,8 @@ def separate_experts(
     layers_name: str,
     layers: Sequence[nn.Module],
     checkpoint: Checkpoint,
+    found: StoredNames,
     *,
-    names: Collection[str] | None = None,
     fewer: bool = False,
 ) -> dict[str, str]:
     """Replace the fused experts of a model on the meta device by :class:`Experts`.
@@ -174,65 +156,67 @@ def separate_experts(
 
     Args:
         model: the model.
-        layers_name: name of its list of decoder layers.
-        layers: the decoder layers.
+        layers_name: name of its list of decoder layers; ``layers``: these.
         checkpoint: where a tensor holds the matrices of all experts, it is taken apart
             (:attr:`~.checkpoint.Checkpoint.stacks`).
-        names: of the stored tensors; None takes the checkpoint's, which packed ones are not among.
+        found: stored names of the model's tensors.
         fewer: the model may have fewer experts than the checkpoint.
 
     Returns:
-        The stored name of every parameter of the new modules, by its name in the model.
+        The stored names of the model's tensors, with those of the new modules.
     """
     from transformers.initialization import no_init_weights
 
-    found = [
-        (f"{layers_name}.{index}.{name}", layer, name, module)
-        for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if _is_fused(module)
-    ]
-    if not found:
-        return {}
-    names = checkpoint.names() if names is None else names
-    apart, whole = expert_sources(model, names), stored_names(model, names)
-    sources: dict[str, str] = {}
-    proved: set[tuple[type, bool]] = set()
-    for full, layer, name, module in found:
-        count, fused = len(module.down_proj), dict(module.named_parameters(recurse=False))
-        parts = {key: apart.get(f"{full}.{key}", []) for key in fused}
-        if all(f"{full}.{key}" in whole for key in fused):
-            held = {key: whole[f"{full}.{key}"] for key in fused}
-            if not all(_enough(checkpoint.entry(tensor).shape[0], count, fewer=fewer) for tensor in held.values()):
+    names, proved = dict(found.whole), dict[tuple[type, bool], bool]()
+    for index, layer in enumerate(layers):
+        for name, module in [(name, module) for name, module in layer.named_modules() if _is_fused(module)]:
+            full = f"{layers_name}.{index}.{name}"
+            stacks, matrices = _stored_matrices(module, full, checkpoint, found)
+            counts, wanted = {len(experts) for experts in matrices.values()}, len(module.down_proj)
+            if len(counts) != 1 or not (counts == {wanted} or (fewer and max(counts) > wanted)):
                 continue
-            own, separate = _whole_sources(module, full, held, checkpoint), False
-        elif (
-            not module.is_transposed
-            and all(parts.values())
-            and all(_enough(len(experts), count, fewer=fewer) for lists in parts.values() for experts in lists)
-        ):
-            own, separate = _apart_sources(full, parts), len(parts.get("gate_up_proj", ())) == len(PARTS)
+            kind = type(module), f"{PARTS[0]}.weight" in matrices
+            if kind not in proved:
+                proved[kind] = _computes_the_same(module, apart=kind[1])
+            if not proved[kind]:
+                continue
+            for stack in stacks:
+                checkpoint.take_apart(stack)
+            with no_init_weights():
+                layer.set_submodule(name, Experts(module, apart=kind[1]))
+            for key, _ in module.named_parameters(recurse=False):
+                names.pop(f"{full}.{key}", None)
+            for part, experts in matrices.items():
+                names |= {f"{full}.{number}.{part}": stored for number, stored in enumerate(experts)}
+    return names
+
+
+def _stored_matrices(
+    fused: Any, full: str, checkpoint: Checkpoint, found: StoredNames
+) -> tuple[list[Stack], dict[str, list[str]]]:
+    """Find how a checkpoint has the experts of a fused module: in tensors of all of them, or one by one.
+
+    Returns:
+        The tensors of all experts; and by parameter of an expert, such as ``up_proj.weight``, the stored matrices, by
+        number of the expert; none where they are not found.
+    """
+    stacks, matrices = list[Stack](), dict[str, list[str]]()
+    for key, _ in fused.named_parameters(recurse=False):
+        part, end = key.removesuffix("_bias"), "bias" if key.endswith("_bias") else "weight"
+        if (whole := found.whole.get(f"{full}.{key}")) is not None:
+            stack = Stack(whole, transposed=bool(fused.is_transposed) and end == "weight")
+            stacks.append(stack)
+            lists = [[stack.part(number) for number in range(checkpoint.entry(whole).shape[0])]]
         else:
-            continue
-        if (type(module), separate) not in proved:
-            if not _computes_the_same(module, apart=separate):
-                continue
-            proved.add((type(module), separate))
-        parent, _, last = name.rpartition(".")
-        with no_init_weights():
-            setattr(layer.get_submodule(parent), last, Experts(module, apart=separate))
-        sources |= own
-    return sources
+            lists = found.experts.get(f"{full}.{key}", [])
+            lists = [[]] if fused.is_transposed or len(lists) not in (1, len(PARTS)) else lists
+        linears = PARTS if len(lists) == len(PARTS) else (part,)
+        matrices |= dict(zip((f"{linear}.{end}" for linear in linears), lists, strict=True))
+    return stacks, matrices
 
 
 def holds_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Check that a parameter, by its shape and its names, holds a matrix of each of several experts.
-
-    Args:
-        module: that it belongs to.
-        name: of the parameter in the model or decoder layer.
-        parameter: the parameter.
-    """
+    """Check that a parameter, by its shape and its names, holds a matrix of each of several experts."""
     return sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{type(module).__name__}.{name}".lower()
 
 
@@ -246,10 +230,6 @@ def run_unaligned_experts(model: Any) -> None:
                 return
 
 
-def _enough(stored: int, count: int, *, fewer: bool) -> bool:
-    return stored == count or (fewer and stored > count)
-
-
 def _is_fused(module: Any) -> bool:
     """Check that a module holds the matrices of experts in tensors of three dimensions, in the known way."""
     known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed"))
@@ -261,34 +241,6 @@ def _is_fused(module: Any) -> bool:
     if module.has_bias:
         expected |= {f"{name}_bias": 2 for name in (first, "down_proj")}
     return fused == expected
-
-
-def _matrix(fused: Any, parameter: Tensor) -> tuple[int, int]:
-    """Return (outputs, inputs) of one expert's part of a parameter."""
-    _, rows, columns = parameter.shape
-    return (columns, rows) if fused.is_transposed else (rows, columns)
-
-
-def _apart_sources(full: str, parts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, str]:
-    """Name the stored matrices of experts that the checkpoint has one by one."""
-    sources: dict[str, str] = {}
-    for key, stored in parts.items():
-        names = PARTS if len(stored) == len(PARTS) else (key,)
-        for name, experts in zip(names, stored, strict=True):
-            sources |= {f"{full}.{number}.{name}.weight": matrix for number, matrix in enumerate(experts)}
-    return sources
-
-
-def _whole_sources(module: Any, full: str, stored: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, str]:
-    """Take the stored tensors of all experts apart, and name their matrices and biases."""
-    sources: dict[str, str] = {}
-    for key, tensor in stored.items():
-        bias = key.endswith("_bias")
-        stack = Stack(tensor, transposed=bool(module.is_transposed) and not bias)
-        name = f"{key.removesuffix('_bias')}.{'bias' if bias else 'weight'}"
-        for number, part in enumerate(checkpoint.take_apart(stack)):
-            sources[f"{full}.{number}.{name}"] = part
-    return sources
 
 
 def _computes_the_same(fused: Any, *, apart: bool) -> bool:

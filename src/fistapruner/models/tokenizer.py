@@ -15,11 +15,7 @@ SENTENCEPIECE = ("sentencepiece", "protobuf")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        FistaPrunerError: the folder has none, or its files are not understood.
-    """
+    """Load a checkpoint's tokenizer; an error says what is missing or not understood."""
     from transformers import AutoTokenizer
 
     try:
@@ -33,10 +29,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             reason = f"its tokenizer.model needs other packages: pip install {' '.join(missing)}"
         if type(error) is Exception or isinstance(error, JSONDecodeError | LookupError):
             reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
-        fault = FistaPrunerError(
-            f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
-        )
-        raise needs_code(folder, error) or fault from None
+        said = f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
+        raise needs_code(folder, error) or FistaPrunerError(said) from None
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
-from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder_files import PACKED_KEYS, PACKED_RECORD, inside, read_json_in
-from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.safetensors import TensorEntry
-from ..models.files.widths import LayerWidths, read_widths, widths_section
+from ..models.checkpoint import PACKED_KEYS, PACKED_RECORD, Checkpoint, WeightFile, inside, read_json_in
+from ..models.low_rank import FILES, FOLDER, LowRankAdapter
+from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version
 
@@ -60,7 +58,7 @@ class PackedCheckpoint:
         require_version(about["version"], str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
-        self.low_rank = LowRankAdapter.recorded(self.record, self.folder / PACKED_RECORD, self.folder / FOLDER)
+        self.low_rank = LowRankAdapter.recorded(self.record, self.folder / FOLDER)
         self._check_files(about.get("files"), verify)
         self.specs: dict[str, OperatorSpec] = {}
         self._holders: dict[str, WeightFile] = {}
@@ -94,7 +92,7 @@ class PackedCheckpoint:
         return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
 
     def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
-        """Join the matrices of experts, named as by ``expert_sources``, to one tensor (experts, m, n)."""
+        """Join the matrices of experts to one tensor (experts, m, n)."""
         return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
 
     def names(self) -> list[str]:
@@ -116,13 +114,7 @@ class PackedCheckpoint:
 
     def config(self) -> dict[str, Any]:
         """Return ``config.json`` of the dense model."""
-        config = {key: value for key, value in self.checkpoint.config.items() if key not in PACKED_KEYS}
-        return {**config, "quantization_config": widths_section(self.widths)} if self.widths else config
-
-    @property
-    def widths(self) -> LayerWidths:
-        """Widths of the decoder layers that have their own."""
-        return read_widths(self.checkpoint.config, self.folder)
+        return {key: value for key, value in self.checkpoint.config.items() if key not in PACKED_KEYS}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the dense model's tensors."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.gguf_export import GGUFValues, export_gguf
-from ..models.files.low_rank import refuse_low_rank
+from ..models.export import GGUFValues, export_gguf
+from ..models.low_rank import refuse_low_rank
 from ..runs.directory import checkpoint_of
 from ..runtime.numerics import undisturbed
 from ..runtime.show import Tick, shell_line, silent

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import NAMES, TensorEntry
+from ..models.safetensors import NAMES, TensorEntry
 from ..runtime.numerics import dtype_name
 
 VERSION = 3

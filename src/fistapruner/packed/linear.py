@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FistaPrunerError
-from ..models.files.low_rank import plus_product
+from ..models.low_rank import plus_product
 from ..runtime.numerics import pass_dtype
 from . import kernel
 from .format import FLOATS, PackedOperator, pack_operator

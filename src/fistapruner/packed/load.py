@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, one_line
-from ..models.architecture import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
+from ..models.build import build_model, find_decoder_layers, loaded_dtype, refuse_own_code
 from ..models.experts import ExpertLinear, Experts, run_unaligned_experts, separate_experts
-from ..models.files.widths import widths_section
-from ..models.names import expert_sources, joined_sources, stored_names
+from ..models.names import StoredNames, stored_names
 from ..runtime.numerics import undisturbed
 from . import kernel
 from .checkpoint import PackedCheckpoint
@@ -65,16 +64,11 @@ def load(
 
 def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
     """Build the model with its tensors."""
-    model = build_model(source.checkpoint, shapes=source.shapes(), dtype=dtype)
-    stored = source.names()
-    experts = expert_sources(model, stored)
-    mixed = any(name in source.specs for lists in experts.values() for names in lists for name in names)
-    own = (
-        separate_experts(model, *find_decoder_layers(model), source.checkpoint, names=stored)
-        if mixed and packed
-        else {}
-    )
-    names = {**stored_names(model, stored, skipped=own), **own}
+    model = build_model(source.checkpoint, packed=True, dtype=dtype)
+    found = stored_names(model, source.names())
+    names = found.whole
+    if packed and any(name in source.specs for lists in found.experts.values() for each in lists for name in each):
+        names = separate_experts(model, *find_decoder_layers(model), source.checkpoint, found)
     if source.low_rank is not None:
         source.low_rank.require_fit(model)
 
@@ -84,7 +78,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
             tensor = source.low_rank.added(target, tensor, transposed=isinstance(module, Conv1D))
         return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
 
-    rest = _dense_tensors(source, model, names, experts, rounded)
+    rest = _dense_tensors(source, model, names, found, rounded)
     dense = {target: name for target, name in names.items() if name in source.specs and source.specs[name].dense}
     tables = {target: source.operator(name) for target, name in dense.items()}
     twins = _share_tied(model, tables, names) if packed else {}
@@ -118,8 +112,6 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
     _serve_experts(model)
     run_unaligned_experts(model)
     model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
-    if source.widths:
-        model.config.quantization_config = widths_section(source.widths)
     if missing := _missing(model):
         raise damaged(source.folder, f"tensor {missing[0]!r} of {type(model).__name__} is not in it")
     # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
@@ -151,7 +143,7 @@ def _dense_tensors(
     source: PackedCheckpoint,
     model: Any,
     names: Mapping[str, str],
-    experts: Mapping[str, list[list[str]]],
+    stored: StoredNames,
     rounded: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Read the tensors of a model that are not packed, or that are several tensors in the checkpoint."""
@@ -162,11 +154,11 @@ def _dense_tensors(
     }
     found |= {
         target: rounded(target, torch.cat([source.tensor(part) for part in parts]))
-        for target, parts in joined_sources(model, source.names()).items()
+        for target, parts in stored.joined.items()
         if target not in names
     }
-    fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
-    return found | {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
+    fused = model.state_dict(keep_vars=True).keys() & stored.experts.keys()  # those that are not separate now
+    return found | {target: rounded(target, source.experts(stored.experts[target])) for target in sorted(fused)}
 
 
 def _turned(operator: PackedOperator) -> PackedOperator:

@@ -18,15 +18,12 @@ import torch
 import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
-from ..models.files.checkpoint import Checkpoint, WeightFile
-from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
-from ..models.files.folder_files import PACKED_RECORD, PRUNING_RECORD, SINGLE
-from ..models.files.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.files.record import read_pruning_record, recorded_claims, stacked_experts
-from ..models.files.safetensors import SafetensorsWriter, TensorEntry
-from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
-from ..models.files.writer import safetensors_name
+from ..models.checkpoint import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE, Checkpoint, WeightFile
+from ..models.low_rank import FILES, FOLDER, LowRankAdapter
+from ..models.record import read_pruning_record, recorded_claims, stacked_experts
+from ..models.safetensors import TensorEntry, safetensors_writer
 from ..models.source import ModelSource
+from ..models.write import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
 from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name, undisturbed
@@ -138,8 +135,7 @@ def pack(
             low_rank.copy_into(partial)
             files |= {name: _claim(partial / name) for name in FILES}
         copy_companions(source, partial)
-        widths = read_widths(source.config, source.folder)
-        section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD, "version": VERSION}
+        section = {"quant_method": QUANT_METHOD, "version": VERSION}
         config = {**source.config, "quantization_config": section, "transformers_weights": NEEDS_PACKAGE}
         write_json_atomic(partial / "config.json", config)
         if set(contents) != {SINGLE}:
@@ -174,9 +170,9 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     with checkpoint_folder(out, nbytes + (0 if source.low_rank is None else source.low_rank.nbytes)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
-            with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
+            with safetensors_writer(partial / shard, entries, metadata or {"format": "pt"}) as write:
                 for entry in entries:
-                    writer.write(entry.name, source.tensor(entry.name))
+                    write(entry.name, source.tensor(entry.name))
                     tick("tensors written", next(done), tensors)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
@@ -251,13 +247,13 @@ def _plan_tables(source: Checkpoint, plan: Mapping[str, _Planned]) -> dict[str, 
 
     They stay as they are in a model that needs Python code of its own.
     """
-    from ..models.architecture import build_model  # imports transformers; other packing does without
+    from ..models.build import build_model  # imports transformers; other packing does without
     from ..models.names import stored_names
 
     tables = dict[str, _Planned]()
     with suppress(FistaPrunerError):
         model = build_model(source)
-        places = stored_names(model, source.names())
+        places = stored_names(model, source.names()).whole
         modules = (model.get_input_embeddings(), model.get_output_embeddings())
         weights = {id(getattr(module, "weight", None)) for module in modules}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -296,10 +292,10 @@ def _pack_file(
         entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
-    with SafetensorsWriter(path, entries, metadata) as writer:
+    with safetensors_writer(path, entries, metadata) as write:
         for name in file.entries:
             if name not in mine:
-                writer.write(name, file.read(name))
+                write(name, file.read(name))
                 continue
             spec = mine[name].spec
             try:
@@ -307,7 +303,7 @@ def _pack_file(
             except FistaPrunerError as error:
                 raise FistaPrunerError(f"{file.path}: {name}: {error}") from None
             for part, tensor in encode(name, operator).items():
-                writer.write(part, tensor)
+                write(part, tensor)
             packed()
     return entries
 
@@ -329,7 +325,7 @@ def _model_card(report: PackReport, values: str, config: Mapping[str, Any], orig
 
     ``origin`` is what the card of the model that was packed says of its licence and dense model.
     """
-    from ..models.architecture import auto_class_name, needs_own_code  # imports transformers; packing does without
+    from ..models.build import auto_class_name, needs_own_code  # imports transformers; packing does without
 
     named, own = config.get("architectures"), needs_own_code(config)
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")

@@ -1,4 +1,4 @@
-"""Let ``AutoModelForCausalLM.from_pretrained`` load packed folders, and free widths of layers.
+"""Let ``AutoModelForCausalLM.from_pretrained`` load packed folders.
 
 transformers 5 has a registry of quantisation methods. Its interface is semi-private, so all code that uses it is in
 this file. transformers loads the ordinary tensors; the plug-in reads the packed operators with this package's own
@@ -16,12 +16,10 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import set_widths
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.widths import QUANT_METHOD, read_widths, widths_section
-from ..models.names import expert_sources, stored_names
+from ..models.checkpoint import QUANT_METHOD
+from ..models.names import StoredNames, stored_names
 from ..runtime.show import shell_line
-from .checkpoint import PackedCheckpoint, is_packed
+from .checkpoint import PackedCheckpoint
 from .format import damaged
 
 
@@ -35,16 +33,15 @@ def register() -> None:
         return
 
     class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        """``quantization_config`` in config.json of a packed folder, or of one with free widths."""
+        """``quantization_config`` in config.json of a packed folder."""
 
-        def __init__(self, version: int = 1, widths: Any = None, **kwargs: Any) -> None:
+        def __init__(self, version: int = 1, **kwargs: Any) -> None:
             self.quant_method = QUANT_METHOD
             self.version = version
-            self.widths = widths
             self.dequantize = True
 
     class PackedLoader(HfQuantizer):  # type: ignore[misc]
-        """Loads packed operators, sets widths and adds low-rank parts; transformers loads the rest."""
+        """Loads packed operators and adds low-rank parts; transformers loads the rest."""
 
         requires_calibration = False
         source: PackedCheckpoint | None = None
@@ -74,8 +71,6 @@ def register() -> None:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             if self.source is not None:
                 _load_operators(self, model, self.source)
-            if self.widths:  # transformers has removed it; what is saved from the model needs it
-                model.config.quantization_config = widths_section(self.widths)
             return model
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -94,17 +89,10 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
     if not checkpoint_files:
         raise FistaPrunerError("a packed model is loaded from its folder")
     folder = Path(checkpoint_files[0]).parent
-    section = {"quant_method": QUANT_METHOD, "version": loader.quantization_config.version}
-    if loader.quantization_config.widths is not None:
-        section["widths"] = loader.quantization_config.widths
-    loader.widths = read_widths({"quantization_config": section}, folder)
-    if loader.widths and not is_packed(folder):
-        set_widths(model, loader.widths, Checkpoint.open(folder).shapes())
-        return
     loader.source = source = PackedCheckpoint(folder)
     loader.validate_environment(device_map=device_map)
-    set_widths(model, loader.widths, source.shapes())
-    loader.pending = _pending(model, source)
+    loader.found = stored_names(model, source.names())
+    loader.pending = _pending(model, source, loader.found)
     loader.wanted = {target: model.get_parameter(target) for target in loader.pending}
     for target, parts in loader.pending.items():
         parent, _, leaf = target.rpartition(".")
@@ -119,7 +107,7 @@ def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: 
     for one, other in loader.tied.items():
         del ties[one]
         weights |= {one, other}
-        for name in {one, other} - set(stored_names(model, source.names())):
+        for name in {one, other} - set(loader.found.whole):
             module = model.get_submodule(name.rpartition(".")[0])
             module._is_hf_initialized = not module._non_persistent_buffers_set
     names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
@@ -147,19 +135,18 @@ def _load_operators(loader: Any, model: Any, source: PackedCheckpoint) -> None:
         module._parameters[leaf] = nn.Parameter(value.to(device, (wanted if held is None else held).dtype))
     if source.low_rank is not None:
         source.low_rank.add_to(model)
-    stored = stored_names(model, source.names())
     model.all_tied_weights_keys |= loader.tied
-    model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(loader.found.whole), recompute_mapping=False)
 
 
-def _pending(model: Any, source: PackedCheckpoint) -> dict[str, str | list[list[str]]]:
+def _pending(model: Any, source: PackedCheckpoint, stored: StoredNames) -> dict[str, str | list[list[str]]]:
     """Find packed parameters: by the model's name the stored operator, or the matrices of experts."""
     experts: dict[str, Any] = {
         target: lists
-        for target, lists in expert_sources(model, source.names()).items()
+        for target, lists in stored.experts.items()
         if any(name in source.specs for names in lists for name in names)
     }
-    found = {name: target for target, name in stored_names(model, source.names()).items()}
+    found = {name: target for target, name in stored.whole.items()}
     inside = {name for lists in experts.values() for names in lists for name in names}
     # Such as the layers with which some models predict further tokens.
     unused = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..passes.store import Store
 from ..passes.stream import Watched, embed, forward_variants, run_layer
 from ..runs.listener import Listener

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from ..core import LayerProblem
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Group
+from ..models.layers import LayerwiseModel
+from ..models.operators import Group
 from ..passes.store import HiddenStates
 from ..structure.choose import best_channels
 from ..structure.refit import ChannelStatistics, refitted

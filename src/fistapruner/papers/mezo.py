@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.files.safetensors import LazyTensors, SafetensorsFile, write_tensors
-from ..models.layerwise import Call, LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import Call, LayerwiseModel
+from ..models.operators import Layout
+from ..models.safetensors import LazyTensors, SafetensorsFile, write_tensors
 from ..runtime.numerics import seeded
 from ..training.loop import Descent
 from ..training.loss import Objective

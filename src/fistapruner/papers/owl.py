@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import Unstructured
-from ..models.layout import Layout
+from ..models.operators import Layout
 
 OUTLIER = 5.0
 """M."""

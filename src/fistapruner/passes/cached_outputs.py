@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.layout import Group, Layout, OutputProjection
+from ..models.operators import Group, Layout, OutputProjection
 from .store import HiddenStates, Store
 
 Windows = Callable[[], tuple[int, int]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.layerwise import Call, LayerwiseModel
+from ..models.layers import Call, LayerwiseModel
 from .store import scratch_factory
 from .stream import embed, run_layer
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.experts import Experts
-from ..models.layerwise import Call, LayerwiseModel
-from ..models.layout import Group, Operator
+from ..models.layers import Call, LayerwiseModel
+from ..models.operators import Group, Operator
 from ..runtime.numerics import ordered_attention
 from ..runtime.show import Clock
 from .store import HiddenStates, Store

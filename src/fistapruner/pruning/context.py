@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..core import Constraint, LayerProblem
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Group, Layout
+from ..models.layers import LayerwiseModel
+from ..models.operators import Group, Layout
 from ..passes.store import HiddenStates, Store
 from ..passes.stream import Calls
 from ..runs.records import OperatorEntry, RemovalEntry

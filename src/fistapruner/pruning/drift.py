@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.sums import DriftFrom, cheapest_drift
-from ..models.layout import Group, Layout, Operator
+from ..models.operators import Group, Layout, Operator
 from ..passes.store import HiddenStates, Store
 from ..settings.prune import Recipe
 from ..structure.units import Unit

@@ -16,12 +16,11 @@ from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..measure.data import load_windows
 from ..measure.run import shared_text
-from ..models.discovery import discover
 from ..models.experts import GROUPED_BYTES
-from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import read_pruning_record, recorded_claims
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import refuse_low_rank
+from ..models.operators import Layout, discover
+from ..models.record import read_pruning_record, recorded_claims
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..core import Constraint, LayerProblem, ProblemSums
 from ..core.problem import unweighted
 from ..errors import FistaPrunerError
-from ..models.files.low_rank import A, B, sum_of_parts
-from ..models.layout import Group, Operator
+from ..models.low_rank import A, B, sum_of_parts
+from ..models.operators import Group, Operator
 from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name

@@ -20,10 +20,9 @@ from torch import Tensor
 from ..allocate.measure import weighs_rows
 from ..core import Constraint
 from ..errors import FistaPrunerError
-from ..models.discovery import discover
-from ..models.files.low_rank import A, sum_of_parts
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import A, sum_of_parts
+from ..models.operators import Layout, discover
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..passes.store import CPU, HiddenStates, scratch_factory
 from ..passes.stream import Calls, embed, run_layer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import LayerProblem, ProblemSums
-from ..models.layout import Group
+from ..models.operators import Group
 from ..passes.cached_outputs import CachedOutputs, kept_projections
 from ..passes.store import HiddenStates, RoutedTokens
 from ..passes.stream import Around, Watched, run_layer

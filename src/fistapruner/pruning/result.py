@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.folder_files import PRUNING_RECORD
-from ..models.files.low_rank import RECORD as LOW_RANK
-from ..models.files.low_rank import write_adapter
-from ..models.files.safetensors import LazyTensors
-from ..models.files.writer import write_checkpoint
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import RECORD as LOW_RANK
+from ..models.low_rank import write_adapter
+from ..models.operators import Layout
+from ..models.safetensors import LazyTensors
+from ..models.write import write_checkpoint
 from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
 from ..runs.records import VERSION, Report, Totals, load_run

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory

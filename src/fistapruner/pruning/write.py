@@ -13,15 +13,13 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..models.architecture import build_changed
-from ..models.discovery import expert_modules
-from ..models.files.checkpoint import Checkpoint
-from ..models.files.low_rank import journaled_factors
-from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims, stack_of
-from ..models.files.safetensors import SafetensorsFile
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Operator
-from ..models.stored import operators_by_weight
+from ..models.build import build_changed
+from ..models.checkpoint import Checkpoint
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import journaled_factors
+from ..models.operators import Operator, expert_modules, operators_by_weight
+from ..models.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims, stack_of
+from ..models.safetensors import SafetensorsFile
 from ..reporting.model_card import model_card
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener

@@ -7,7 +7,7 @@ from collections import Counter
 from ..errors import printable
 from ..measure.inspection import Inspection
 from ..measure.inspection import inspect_checkpoint as inspect
-from ..models.files.folder_files import PRUNING_RECORD
+from ..models.checkpoint import PRUNING_RECORD
 from ..runtime.show import align_columns
 from .facts import lineage_lines
 

@@ -24,7 +24,7 @@ def model_card(report: Report) -> str:
     Args:
         report: of the run; figures that are not in it are left out of the card.
     """
-    from ..models.architecture import auto_class_name  # imports torch, which pages do without
+    from ..models.build import auto_class_name  # imports torch, which pages do without
 
     listed = [fact for fact in facts(report) if fact.after not in ("", "–")]
     shown = (QUALITY, SIZE) if speeds(report) else (QUALITY,)

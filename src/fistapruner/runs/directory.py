@@ -39,12 +39,10 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from ..errors import FistaPrunerError, unreadable
-from ..models.files.checkpoint import Checkpoint, Orders
-from ..models.files.folder import remove_unfinished
-from ..models.files.folder_files import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE
-from ..models.files.low_rank import FOLDER, LowRankAdapter, remove_adapter
-from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.files.writer import safetensors_name
+from ..models.checkpoint import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE, Checkpoint, Orders
+from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
+from ..models.safetensors import SafetensorsFile, write_tensors
+from ..models.write import remove_unfinished, safetensors_name
 from ..runtime.files import (
     BYSTANDERS,
     PARTIAL,

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain, with_name
-from ..models.files.folder_files import PRUNING_RECORD
-from ..models.files.record import read_pruning_record
+from ..models.checkpoint import PRUNING_RECORD
+from ..models.record import read_pruning_record
 from ..runtime.files import write_json_atomic
 from .directory import RunDirectory
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..errors import A_TEXT, FistaPrunerError, path_text, with_name
-from ..models.files.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file

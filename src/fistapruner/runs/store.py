@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import (
     PARTIAL,
     disk_errors,

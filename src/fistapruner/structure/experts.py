@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.discovery import expert_modules, layer_signature
 from ..models.experts import Experts
-from ..models.layerwise import LayerwiseModel
-from ..models.layerwise_weights import assign
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel, assign
+from ..models.operators import Layout, expert_modules, layer_signature
 from ..passes.store import RoutedTokens
 from ..settings.structure import Remove
 from .units import EXPERTS, Unit, Units

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.operators import Layout
+from ..models.write import merge_patch
 from .units import EXPERTS, Unit, Units
 
 LAYER = re.compile(r"(.*?\.\d+\.)(.+)")

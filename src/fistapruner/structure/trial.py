@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError
-from ..models.architecture import build_changed, find_decoder_layers
-from ..models.discovery import layer_signature
-from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, hidden_of
-from ..models.layerwise_weights import assign, buffers_to
-from ..models.layout import Layout
+from ..errors import FistaPrunerError
+from ..models.build import build_changed, find_decoder_layers
+from ..models.layers import Call, LayerwiseModel, assign, buffers_to, hidden_of
+from ..models.operators import Layout, layer_signature
+from ..models.write import merge_patch
 from ..settings.structure import Structure
 from .experts import fewer_experts, find_experts, kept_experts
 from .smaller import Widths, in_section, stored_text_config
@@ -164,8 +162,6 @@ def _tried(
         both = merge_patch(config, in_section(model, {**change, **more}))
         try:
             smaller = build(both)
-        except NoTemporaryFolderError:
-            raise
         except FistaPrunerError:
             continue
         yield both, smaller

@@ -1,6 +1,6 @@
 """Find MLP channels and key/value groups that can be removed, and decide how many of them stay.
 
-No architecture is listed by name. MLP channels that can be permuted (:mod:`fistapruner.models.coupling`) and heads
+No architecture is listed by name. MLP channels that can be permuted (:mod:`fistapruner.models.links`) and heads
 whose sizes fit are the candidates; :mod:`.trial` shows that they can be cut.
 """
 
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..models.coupling import Link, find_links, named_size
-from ..models.discovery import expert_modules, linear_modules
 from ..models.experts import Experts
-from ..models.layerwise import LayerwiseModel
-from ..models.layerwise_weights import assign
-from ..models.layout import Layout, Operator
+from ..models.layers import LayerwiseModel, assign
+from ..models.links import Link, find_links, named_size
+from ..models.operators import Layout, Operator, expert_modules, linear_modules
 from ..settings.structure import Structure
 
 MLP, SHARED, EXPERT, GROUPS = "MLP channels", "shared expert channels", "expert channels", "key/value groups"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line
-from ..models.coupling import named_size
-from ..models.layerwise import LayerwiseModel
+from ..models.build import load_whole, require_whole, whole_bytes
+from ..models.layers import LayerwiseModel
+from ..models.links import named_size
 from ..models.source import ModelSource
-from ..models.whole import load_whole, require_whole, whole_bytes
 from ..runtime.show import duration
 from .sources import bos_of
 

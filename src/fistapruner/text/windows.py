@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
 from ..papers.mamf import Mixture
 from ..settings.prune import Calibration
 from .generate import GENERATED, generate_tokens

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, one_line, out_path, path_text
-from ..models.files.folder import require_new
-from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import permuted_tensors, read_pruning_record
+from ..models.build import load_whole
+from ..models.low_rank import refuse_low_rank
+from ..models.record import permuted_tensors, read_pruning_record
 from ..models.source import Permissions
-from ..models.whole import load_whole
+from ..models.write import require_new
 from ..pruning.result import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..measure.logits import accuracy_error, preference_figures
-from ..models.files.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..papers.mezo import ForwardOnly
 from ..papers.mrpo import (
     Preference,

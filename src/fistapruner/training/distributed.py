@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import LazyTensors
+from ..models.safetensors import LazyTensors
 from ..runs.store import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.machine import launched

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..models.experts import holds_experts
-from ..models.files.record import MIN_ZEROS
+from ..models.record import MIN_ZEROS
 from .masked import local, whole
 
 

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.discovery import router_check
-from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import Call, LayerwiseModel, hidden_of
-from ..models.layout import Layout
+from ..models.layers import Call, LayerwiseModel, hidden_of
+from ..models.low_rank import LowRankAdapter
+from ..models.operators import Layout, router_check
 from ..runtime.numerics import seeded
 from ..settings.train import TrainingRecipe
 from .loop import OURS, Descent

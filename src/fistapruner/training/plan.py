@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.operators import Layout
 from ..runtime.devices import free_device_memory, free_memory, release_memory, resident_memory
 from ..runtime.files import existing_folder
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once

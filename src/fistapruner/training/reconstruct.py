@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
-from ..models.files.low_rank import A, B, sum_of_parts
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Group
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import A, B, sum_of_parts
+from ..models.operators import Group
 from ..passes.store import HiddenStates
 from ..passes.stream import Calls
 from ..runtime.numerics import ordered_attention
@@ -111,7 +111,7 @@ def reconstruct_layer(
         calls: arguments of the decoder layers.
         settings: steps, seed, metric.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
-            name with :data:`~fistapruner.models.files.low_rank.A` or ``B``.
+            name with :data:`~fistapruner.models.low_rank.A` or ``B``.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.discovery import discover
-from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import LowRankAdapter
+from ..models.operators import Layout, discover
 from ..models.source import Permissions
 from ..papers.mamf import Mixture
 from ..papers.mezo import RATE, ForwardOnly, standard_normal

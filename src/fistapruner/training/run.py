@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.run import measure
-from ..models.files.record import read_pruning_record, stack_of
+from ..models.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
 from ..pruning.result import (

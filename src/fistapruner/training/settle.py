@@ -17,11 +17,10 @@ from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
 from ..measure.data import check_data, evaluation_documents, load_windows
 from ..measure.inspection import inspect_checkpoint
-from ..models.discovery import discover
-from ..models.files.low_rank import LowRankAdapter, refuse_low_rank
-from ..models.files.record import lost_structure, read_pruning_record
-from ..models.layerwise import LayerwiseModel
-from ..models.layout import Layout
+from ..models.layers import LayerwiseModel
+from ..models.low_rank import LowRankAdapter, refuse_low_rank
+from ..models.operators import Layout, discover
+from ..models.record import lost_structure, read_pruning_record
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..packed.checkpoint import is_packed

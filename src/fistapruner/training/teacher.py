@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, write_tensors
-from ..models.layerwise import LayerwiseModel
+from ..models.layers import LayerwiseModel
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..passes.store import scratch_factory
 from ..passes.stream import forward
 from ..runtime.files import disk_errors

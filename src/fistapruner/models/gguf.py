@@ -16,16 +16,14 @@ from typing import Any
 import torch
 import yaml
 
-from ...errors import FistaPrunerError, MissingExtraError, one_line
-from ...runtime.files import refuse_lfs_pointer, temporary_folder, write_json_atomic, write_text_atomic
-from .folder import checkpoint_folder
-from .folder_files import read_json_in
+from ..errors import FistaPrunerError, MissingExtraError, one_line
+from ..runtime.files import refuse_lfs_pointer, temporary_folder, write_json_atomic, write_text_atomic
+from .checkpoint import read_json_in
 from .safetensors import TensorEntry
+from .write import checkpoint_folder
 
 CONVERSION = 6
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
-
-INSTEAD = "take the model's Hugging Face checkpoint"
 
 SPLIT_AS_GPT2 = frozenset(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling"))
 """Values of ``tokenizer.ggml.pre`` for which the split of GPT-2, which ``transformers`` takes by default, is right."""
@@ -35,12 +33,7 @@ SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshe
 
 
 def open_gguf(path: Path) -> Any:
-    """Read the header of a GGUF file with the ``gguf`` package.
-
-    Raises:
-        FistaPrunerError: the file is damaged, or one part of several.
-        MissingExtraError: the ``gguf`` package is missing.
-    """
+    """Read the header of a GGUF file; refuse one that is damaged, or a part of several."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -65,23 +58,19 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
 
 
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """De-quantise a GGUF file into a Hugging Face folder.
+    """De-quantise the GGUF file of a decoder-only language model into a new Hugging Face folder.
 
-    Args:
-        path: the GGUF file of a decoder-only language model.
-        out: folder to make, with weights, config, tokenizer, chat template, generation config and a model card that
-            states the licence; it must not exist.
-        dtype: precision of all weights in the folder.
+    It gets weights of this dtype, config, tokenizer, chat template, generation config and a model card that states the
+    licence.
 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, or ``transformers`` does not understand
-            all of it.
-        MissingExtraError: the ``gguf`` package is missing.
+            all of it; the ``gguf`` package is missing.
     """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     reader = open_gguf(path)
-    _refuse_scaled_positions(path, reader)
     space = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors) * dtype.itemsize
     with (
         checkpoint_folder(out, space) as partial,
@@ -89,6 +78,8 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
         temporary_folder() as alone,
         _read_once(reader),
     ):
+        if fault := _fault(reader):
+            raise FistaPrunerError(f"{path} {fault}: take the model's Hugging Face checkpoint")
         # In a folder of its own, because transformers takes a tokenizer that lies beside the file.
         (Path(alone) / path.name).symlink_to(path.absolute())
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
@@ -100,7 +91,11 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(partial)
-        _split_text(path, reader, tokenizer)
+        if (
+            _value(reader, "tokenizer.ggml.model", "") == "gpt2"
+            and _value(reader, "tokenizer.ggml.pre", "") in SPLIT_DIGITS
+        ):
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
         tokenizer.save_pretrained(partial)
         # The classes of single families build all but the vocabulary anew.
         kept = read_json_in(partial, "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -128,30 +123,19 @@ def _value(reader: Any, key: str, default: Any) -> Any:
     return default if field is None else field.contents()
 
 
-def _refuse_scaled_positions(path: Path, reader: Any) -> None:
-    """Refuse rotary positions that are scaled, which ``transformers`` does not read."""
+def _fault(reader: Any) -> str | None:
+    """Say what ``transformers`` does not read of a file: scaled rotary positions, or the split of text."""
     from gguf import dequantize
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     kind = _value(reader, f"{_value(reader, 'general.architecture', '')}.rope.scaling.type", "none")
     factors = (tensor for tensor in reader.tensors if tensor.name.startswith("rope_"))
     if kind != "none" or any((dequantize(each.data, each.tensor_type) != 1).any() for each in factors):
-        raise FistaPrunerError(f"{path} has scaled rotary positions, which transformers does not read: {INSTEAD}")
-
-
-def _split_text(path: Path, reader: Any, tokenizer: Any) -> None:
-    """Let a byte-level tokenizer split digits where the file says so; refuse a split that is not known."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    name = _value(reader, "tokenizer.ggml.pre", "gpt-2")
-    if _value(reader, "tokenizer.ggml.model", "") != "gpt2":
-        return
-    if name in SPLIT_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
-    elif name not in SPLIT_AS_GPT2 and name not in GGUF_PRE_TOKENIZER_SPLITS:
-        raise FistaPrunerError(
-            f"{path} splits text by {name!r} (tokenizer.ggml.pre), which transformers does not know: {INSTEAD}"
-        )
+        return "has scaled rotary positions, which transformers does not read"
+    name, known = _value(reader, "tokenizer.ggml.pre", "gpt-2"), {*SPLIT_DIGITS, *SPLIT_AS_GPT2}
+    if _value(reader, "tokenizer.ggml.model", "") != "gpt2" or name in known or name in GGUF_PRE_TOKENIZER_SPLITS:
+        return None
+    return f"splits text by {name!r} (tokenizer.ggml.pre), which transformers does not know"
 
 
 @contextmanager

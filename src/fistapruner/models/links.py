@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..runtime.numerics import exact_products
-from .discovery import alike, expert_modules, layer_signature, linear_modules
-from .files.checkpoint import reorder
-from .layerwise import LayerwiseModel
-from .layout import Layout, Operator
+from .checkpoint import reorder
+from .layers import Call, LayerwiseModel
+from .operators import Layout, Operator, alike, expert_modules, layer_signature, linear_modules
 
 SAME = 1e-8
 """Largest relative squared difference of outputs that are the same; rounding in fp32 makes about 1e-13."""
@@ -92,30 +91,22 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
     known: dict[Any, list[Link]] = {}
     found = []
     for index, layer in enumerate(model.layers):
-        signature = layer_signature(layer)
-        if signature not in known:
+        if (signature := layer_signature(layer)) not in known:
+            run = partial(_run, model, index, hidden, calls[index])
             with model.layer(index) as module, torch.no_grad(), exact_products():
-                heads = _head_sizes(model.config.get_text_config())
-                known[signature] = _watch(
-                    module,
-                    heads,
-                    lambda values, i=index: model.run(i, hidden.clone(), calls[i], values),  # type: ignore[misc]
-                )
+                known[signature] = links_inside(module, _head_sizes(model.config.get_text_config()), run)
                 known[signature] += _in_experts(module, hidden)
         pruned = {operator.name for operator in layout.in_layer(index)}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)
 
 
+def _run(model: LayerwiseModel, index: int, hidden: Tensor, call: Call, values: dict[str, Tensor]) -> Tensor:
+    return model.run(index, hidden.clone(), call, values)
+
+
 def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """Return how the tensors of a link of decoder layer ``index`` are reordered or rotated.
-
-    Args:
-        order: as for :meth:`Link.places`.
-
-    Returns:
-        See :data:`.checkpoint.Orders`.
-    """
+    """Return how the stored tensors of a link change; ``order`` is as for :meth:`Link.places`."""
     changes = link_tensors(model.layers[index], link, order)
     return {model.source_of(index, name): change for name, change in changes.items()}
 
@@ -145,7 +136,7 @@ def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
         inputs = next(Operator.of(key, module).columns for key, module in linear_modules(first))
         tokens = torch.randn(16, inputs, generator=torch.Generator().manual_seed(0)).to(hidden)
         run = partial(torch.func.functional_call, first, args=(tokens,))
-        for link in _watch(first, set(), run):
+        for link in links_inside(first, set(), run):
             for number, _ in experts.experts():
                 prefix = f"{name}.{number}."
                 consumer = replace(link.consumer, name=prefix + link.consumer.name, experts=name)
@@ -153,7 +144,7 @@ def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
     return links
 
 
-def _watch(layer: nn.Module, heads: set[int], run: Callable[[dict[str, Tensor]], Tensor]) -> list[Link]:
+def links_inside(layer: nn.Module, heads: set[int], run: Callable[[dict[str, Tensor]], Tensor]) -> list[Link]:
     """Find the links of a loaded module, those inside experts left out.
 
     Args:
@@ -166,36 +157,28 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[dict[str, Tensor]],
     operators = [Operator.of(name, module) for name, module in linear_modules(layer) if not name.startswith(experts)]
     links: list[Link] = []
     for consumer in operators:
-        parent = consumer.name.rpartition(".")[0]
-        beside = [
-            operator
-            for operator in operators
-            if operator.name.rpartition(".")[0] == parent and operator is not consumer
-        ]
+        parents = (operator.name.rpartition(".")[0] == consumer.name.rpartition(".")[0] for operator in operators)
+        beside = [operator for operator, same in zip(operators, parents, strict=True) if same and operator != consumer]
         # All operators with as many rows as the consumer has columns, together; or one operator with heads.
         whole = Link(tuple(operator.name for operator in beside if operator.rows == consumer.columns), consumer)
         candidates = [whole] if whole.producers else []
-        for operator in beside:
-            for size in heads:
-                if operator.rows % size == 0 and consumer.columns % operator.rows == 0:
-                    candidates.append(
-                        Link((operator.name,), consumer, operator.rows // size, consumer.columns // operator.rows)
-                    )
+        for operator in (operator for operator in beside if consumer.columns % operator.rows == 0):
+            blocks = [operator.rows // size for size in heads if operator.rows % size == 0]
+            repeats = consumer.columns // operator.rows
+            candidates += [Link((operator.name,), consumer, count, repeats) for count in blocks]
         for link in candidates:
             used = {name for other in links for name in (*other.producers, other.consumer.name)}
-            if not used & {*link.producers, consumer.name} and _is_free(layer, link, values, run, _permutations(link)):
-                turns = link is not whole and _is_free(layer, link, values, run, _rotations(link), LOUDER)
+            if not used & {*link.producers, consumer.name} and _is_free(layer, link, values, run, rotated=False):
+                turns = link is not whole and _is_free(layer, link, values, run, rotated=True)
                 links.append(replace(link, rotates=turns))
     return links
 
 
-def _permutations(link: Link) -> Tensor:
+def _changed(link: Link, *, rotated: bool) -> Tensor:
+    """Draw the change of a link's channels: a random permutation or rotation of each block."""
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
-
-
-def _rotations(link: Link) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    if not rotated:
+        return torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
     rotations: Tensor = torch.linalg.qr(torch.randn(link.blocks, link.channels, link.channels, generator=generator)).Q
     return rotations
 
@@ -230,22 +213,17 @@ def _is_free(
     link: Link,
     values: Mapping[str, Tensor],
     run: Callable[[dict[str, Tensor]], Tensor],
-    order: Tensor,
-    scale: float = 1.0,
+    *,
+    rotated: bool,
 ) -> bool:
-    """Check that layer and consumer have the same output with the link's channels changed.
+    """Check that layer and consumer have the same output with the link's channels permuted or rotated.
 
-    Args:
-        layer: the decoder layer.
-        link: the link; ``order``: the change, as for :meth:`Link.places`.
-        values: parameters and buffers of the layer.
-        run: runs the layer with such values.
-        scale: of the channels, in both passes.
+    ``run`` runs the layer with ``values`` of its parameters and buffers.
     """
-    changes = link_tensors(layer, link, order)
+    changes = link_tensors(layer, link, _changed(link, rotated=rotated))
     given = dict(values)
-    for name in changes.keys() - {f"{link.consumer.name}.weight"} if scale != 1.0 else ():
-        given[name] = scale * given[name]
+    for name in changes.keys() - {f"{link.consumer.name}.weight"} if rotated else ():
+        given[name] = LOUDER * given[name]
     answers: list[Tensor] = []
     consumer = layer.get_submodule(link.consumer.name)
     with consumer.register_forward_hook(lambda _, __, output: answers.append(output)):
@@ -260,31 +238,14 @@ def _is_free(
 def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
     """Return dimension and order of the channels of each tensor of a link, by name inside the layer.
 
-    Args:
-        layer: the decoder layer; its weights need not be loaded.
-        link: the link.
-        order: as for :meth:`Link.places`; of an order fewer places where some channels are removed.
+    The weights of the layer need not be loaded; ``order`` is as for :meth:`Link.places`.
     """
     rows, columns = link.places(order)
-    return channel_tensors(layer, dict.fromkeys(link.producers, rows), link.consumer, columns)
-
-
-def channel_tensors(
-    layer: nn.Module, rows: Mapping[str, Tensor], consumer: Operator, columns: Tensor
-) -> dict[str, tuple[int, Tensor]]:
-    """Return the dimension and the places of channels in each tensor, by name inside the layer.
-
-    Args:
-        layer: the decoder layer; its weights need not be loaded.
-        rows: by name, the places in the outputs of each operator that writes the channels.
-        consumer: the operator that reads them.
-        columns: the places in its inputs.
-    """
     found = {}
-    for name, places in rows.items():
+    for name in link.producers:
         module = layer.get_submodule(name)
-        found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, places)
+        found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, rows)
         if module.bias is not None:
-            found[f"{name}.bias"] = (0, places)
-    found[f"{consumer.name}.weight"] = (0 if consumer.transposed else 1, columns)
+            found[f"{name}.bias"] = (0, rows)
+    found[f"{link.consumer.name}.weight"] = (0 if link.consumer.transposed else 1, columns)
     return found

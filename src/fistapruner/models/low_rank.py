@@ -14,6 +14,7 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import FistaPrunerError
-from ...runtime.files import (
+from ..errors import FistaPrunerError
+from ..runtime.files import (
     PARTIAL,
     copy_atomic,
     disk_errors,
@@ -32,11 +33,11 @@ from ...runtime.files import (
     sampled_sha256,
     write_json_atomic,
 )
-from ...runtime.numerics import exact_products
-from .folder import checkpoint_folder, remove_unfinished
-from .folder_files import ADAPTER_CONFIG, PRUNING_RECORD
+from ..runtime.numerics import exact_products
+from .checkpoint import ADAPTER_CONFIG
 from .record import read_pruning_record
-from .safetensors import LazyTensors, SafetensorsFile, SafetensorsWriter, TensorEntry
+from .safetensors import LazyTensors, SafetensorsFile, write_tensors
+from .write import checkpoint_folder, remove_unfinished
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
@@ -45,10 +46,8 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""
 
 FOLDER = "adapter"
-"""Folder of the low-rank part: beside that of a run's checkpoint, inside that of a packed or unpacked one."""
-
 FILES = (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}")
-"""Files of the low-rank part inside a packed or unpacked checkpoint."""
+"""The low-rank part beside a run's checkpoint, or inside a packed or unpacked one."""
 
 RECORD = "low_rank"
 """Key of the checkpoint's record that describes the adapter."""
@@ -60,13 +59,9 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
     """Add an operator's low-rank part to its sparse part: fp32, in main memory.
 
-    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation.
-
-    Args:
-        sparse: (m, n), or (n, m) where the checkpoint stores it so.
-        factors: tensors in main memory by name, with the two of the operator.
-        operator: its name in the model.
-        transposed: the sparse part is (n, m).
+    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation. The
+    sparse part is (m, n), or ``transposed`` (n, m) as the checkpoint stores it; ``factors``, by name, hold the
+    operator's two.
     """
     return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
 
@@ -78,38 +73,30 @@ def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> T
     return sparse.float() + (product.T if transposed else product)
 
 
-def is_factor(name: str) -> bool:
-    """Whether a tensor of a decoder layer's journal is a factor of a low-rank part."""
-    return name.endswith((A, B))
-
-
 def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
     """Return the factors in the journal of a run, by name."""
-    places = {name: file for file in layers for name in file.entries if is_factor(name)}
-    return LazyTensors(
-        {name: file.entries[name] for name, file in places.items()}, lambda name: places[name].read(name)
-    )
+    places = {name: file for file in layers for name in file.entries if name.endswith((A, B))}
+    entries = {name: file.entries[name] for name, file in places.items()}
+    return LazyTensors(entries, lambda name: places[name].read(name))
 
 
 def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
-    """Write the low-rank parts of all operators as a LoRA adapter with the factor 1.
-
-    An adapter that the run has written before is replaced.
+    """Write the low-rank parts of all operators as a LoRA adapter, in place of an earlier one.
 
     Args:
-        folder: ``RUN/adapter``.
-        factors: by name in the model.
-        rank: of every low-rank part.
+        folder: ``RUN/adapter``; other files in it are refused.
+        factors: by name in the model; ``rank``: of all.
         transposed: the model stores operators as (inputs, outputs), as GPT-2 does.
 
     Returns:
         What the checkpoint's record says of it: rank, weights, bytes and checksum.
-
-    Raises:
-        FistaPrunerError: the folder holds other files, or the disk is full.
     """
     remove_adapter(folder)
-    entries = [TensorEntry.of(PREFIX + name, entry.dtype, entry.shape) for name, entry in factors.entries.items()]
+    found = factors.entries.values()
+    tensors = LazyTensors(
+        {PREFIX + each.name: replace(each, name=PREFIX + each.name) for each in found},
+        lambda name: factors[name.removeprefix(PREFIX)],
+    )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -122,25 +109,19 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
         "fan_in_fan_out": transposed,
         "target_modules": sorted(name.removesuffix(A) for name in factors if name.endswith(A)),
     }
-    with checkpoint_folder(folder, sum(entry.nbytes for entry in entries)) as partial:
-        with SafetensorsWriter(partial / WEIGHTS, entries, {"format": "pt"}) as writer:
-            for name, factor in factors.items():
-                writer.write(PREFIX + name, factor)
+    with checkpoint_folder(folder, sum(entry.nbytes for entry in found)) as partial:
+        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
         write_json_atomic(partial / CONFIG, config)
     return {
         "rank": rank,
-        "weights": sum(math.prod(entry.shape) for entry in entries),
+        "weights": sum(math.prod(entry.shape) for entry in found),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "sampled": sampled_sha256(folder / WEIGHTS),
     }
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter that a run has written, with what a kill may have left of it or in it.
-
-    Raises:
-        FistaPrunerError: the folder holds other files, and is not removed then.
-    """
+    """Remove an adapter that a run has written, or what a kill has left; refuse other files."""
     remove_unfinished(folder)
     if not folder.is_dir():
         return
@@ -152,28 +133,21 @@ def remove_adapter(folder: Path) -> None:
 class LowRankAdapter:
     """The low-rank part that belongs to a checkpoint; its tensors are on disk until they are read.
 
+    It is refused where it is gone, damaged, or not the one that the checkpoint's record claims.
+
     Attributes:
         factors: A and B of every operator, by :data:`A` and :data:`B` behind its name in the model.
         sampled: checksum of the file.
-
-    Args:
-        folder: of the adapter.
-        claim: what the checkpoint's record says of it.
-
-    Raises:
-        FistaPrunerError: it is gone, damaged or another one.
     """
 
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
         self._left_out: Container[str] = ()
-        if lost := next((file for file in (path, folder / CONFIG) if not file.is_file()), None):
-            raise FistaPrunerError(
-                f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
-            )
-        self.sampled = sampled_sha256(path)
+        lost = next((file for file in (path, folder / CONFIG) if not file.is_file()), None)
+        self.sampled = sampled_sha256(path) if lost is None else ""
         if self.sampled != claim.get("sampled"):
-            raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model")
+            gone = f"the low-rank part of the model, {lost}, is gone: its checkpoint is the sparse part only"
+            raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model" if not lost else gone)
         read_json(folder / CONFIG)  # PEFT needs it
         file = SafetensorsFile(path)
         entries = {name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}
@@ -186,23 +160,13 @@ class LowRankAdapter:
     @classmethod
     def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
         """Open the low-rank part that belongs to a checkpoint, which is not packed; None where it has none."""
-        return cls.recorded(read_pruning_record(checkpoint), checkpoint / PRUNING_RECORD, adapter_folder(checkpoint))
+        return cls.recorded(read_pruning_record(checkpoint), adapter_folder(checkpoint))
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any], origin: Path, folder: Path) -> LowRankAdapter | None:
-        """Open the low-rank part that a record names; None where it names none.
-
-        Args:
-            record: of a checkpoint.
-            origin: the record's file, for errors.
-            folder: of the adapter.
-        """
+    def recorded(cls, record: Mapping[str, Any], folder: Path) -> LowRankAdapter | None:
+        """Open the low-rank part, in ``folder``, that a record names; None where it names none."""
         claim = record.get(RECORD)
-        if claim is None:
-            return None
-        if not isinstance(claim, dict):
-            raise FistaPrunerError(f"{origin}: {RECORD} is not a mapping")
-        return cls(folder, claim)
+        return None if claim is None else cls(folder, claim if isinstance(claim, dict) else {})
 
     @property
     def file_bytes(self) -> int:
@@ -210,11 +174,7 @@ class LowRankAdapter:
         return sum((self.folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
 
     def copy_into(self, checkpoint: Path) -> None:
-        """Copy the adapter's files into the folder of a packed or unpacked checkpoint.
-
-        Raises:
-            FistaPrunerError: a file is gone, or the disk is full or refuses the write.
-        """
+        """Copy the adapter's files into the folder of a packed or unpacked checkpoint."""
         with disk_errors(checkpoint / FOLDER):
             (checkpoint / FOLDER).mkdir()
         for name in (CONFIG, WEIGHTS):
@@ -230,12 +190,8 @@ class LowRankAdapter:
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
         """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
 
-        The sum is fp32, on the weight's device.
-
-        Args:
-            parameter: its name in the model, ``NAME.weight``.
-            weight: the sparse part, as the checkpoint stores it.
-            transposed: it is (inputs, outputs).
+        The sum is fp32, on the weight's device. The weight is as the checkpoint stores it: ``transposed`` (inputs,
+        outputs) or not.
         """
         if (factors := self.of(parameter)) is None:
             return weight
@@ -243,16 +199,10 @@ class LowRankAdapter:
         return plus_product(weight, a, b, transposed=transposed)
 
     def require_fit(self, model: nn.Module) -> dict[str, Any]:
-        """Refuse a model that lacks one of the operators, or has it in another shape.
-
-        Args:
-            model: the language model, or its base model alone (``AutoModel``), whose names lack a prefix.
-
-        Returns:
-            The model's modules by operator.
+        """Return the modules of a model, or of its base model, by operator.
 
         Raises:
-            FistaPrunerError: names the adapter's file and the operator.
+            FistaPrunerError: it lacks one, or has it in another shape: names the adapter's file and the operator.
         """
         modules, base = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
         found = {name: modules.get(name, modules.get(name.removeprefix(base))) for name in self.operators}
@@ -269,11 +219,7 @@ class LowRankAdapter:
         return found
 
     def add_to(self, model: nn.Module) -> None:
-        """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place.
-
-        Raises:
-            FistaPrunerError: the model does not have these operators.
-        """
+        """Add the low-rank parts to the operators of a whole model that holds the sparse part, in place."""
         with torch.no_grad():
             for name, module in self.require_fit(model).items():
                 transposed = isinstance(module, Conv1D)
@@ -299,11 +245,7 @@ def adapter_folder(checkpoint: Path) -> Path:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added.
-
-    Raises:
-        FistaPrunerError: says what the checkpoint is and what to do.
-    """
+    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added."""
     record: dict[str, Any] = {}
     with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
         record = read_pruning_record(checkpoint)

@@ -19,13 +19,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from ...errors import FistaPrunerError, MissingExtraError
-from ...runtime.files import disk_errors, existing_folder, require_space
-from ...runtime.show import Tick, silent
-from ..layerwise_weights import LayerwiseWeights
-from ..tokenizer import load_tokenizer
+from ..errors import FistaPrunerError, MissingExtraError
+from ..runtime.files import disk_errors, existing_folder, require_space
+from ..runtime.show import Tick, silent
 from .checkpoint import Checkpoint
-from .widths import read_widths
+from .layers import LayerwiseModel
+from .tokenizer import load_tokenizer
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored."""
@@ -70,25 +69,20 @@ def export_gguf(
 ) -> Path:
     """Write a checkpoint as a GGUF file; arguments, result and errors as of :func:`fistapruner.export`."""
     folder, out = Path(folder), Path(out)
-    if values not in get_args(GGUFValues):
-        raise FistaPrunerError(f"values {values!r}: one of {', '.join(get_args(GGUFValues))} is expected")
-    if out.suffix != ".gguf":
-        raise FistaPrunerError(f"{out} is the file to write: its name must end in .gguf")
-    if out.exists():
-        raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
+    fault = None if values in get_args(GGUFValues) else f"values {values!r}: one of {', '.join(get_args(GGUFValues))}"
+    if out.suffix != ".gguf" or out.exists():
+        ending = f"{out} is the file to write: its name must end in .gguf"
+        fault = f"{out} exists already: remove it, or write to another file" if out.exists() else ending
+    if fault:
+        raise FistaPrunerError(fault)
     try:
         import gguf
     except ImportError:
         raise MissingExtraError("gguf", "gguf", "writing a GGUF file") from None
     checkpoint = Checkpoint.open(folder, allow_pickle)
-    kind = str(checkpoint.config.get("model_type"))
-    if kind not in FAMILIES:
-        raise FistaPrunerError(
-            f"{folder}: {kind} is not exported, only {', '.join(FAMILIES)}: use llama.cpp's convert_hf_to_gguf.py"
-        )
-    if read_widths(checkpoint.config, folder):
-        raise FistaPrunerError(f"{folder}: its decoder layers have several widths, and llama.cpp has one for all")
-    family, model = FAMILIES[kind], LayerwiseWeights(checkpoint, torch.device("cpu"))
+    if (kind := str(checkpoint.config.get("model_type"))) not in FAMILIES:
+        raise _not_exported(folder, f"{kind} is not exported, only {', '.join(FAMILIES)}")
+    family, model = FAMILIES[kind], LayerwiseModel(checkpoint, torch.device("cpu"))
     config, sources = model.config, _sources(model, family)
     with closing(gguf.GGUFWriter(None, family.name)) as writer:
         writer.add_name(out.stem)
@@ -122,7 +116,12 @@ def export_gguf(
     return out
 
 
-def _sources(model: LayerwiseWeights, family: Family) -> dict[str, list[str]]:
+def _not_exported(folder: Path, why: str) -> FistaPrunerError:
+    """Make the error of a model of which llama.cpp would compute something else."""
+    return FistaPrunerError(f"{folder}: {why}: use llama.cpp's convert_hf_to_gguf.py")
+
+
+def _sources(model: LayerwiseModel, family: Family) -> dict[str, list[str]]:
     """Map the names of the file's tensors to the checkpoint's: of an expert's matrices, one for each."""
     import gguf
 
@@ -132,7 +131,7 @@ def _sources(model: LayerwiseWeights, family: Family) -> dict[str, list[str]]:
     for name in model.parameters:
         place = table.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", name), (".weight", ".bias"))
         if place is None:
-            raise FistaPrunerError(f"{model.checkpoint.folder}: llama.cpp has no place for {name!r} of {family.name}")
+            raise _not_exported(model.checkpoint.folder, f"llama.cpp has no place for {name!r} of {family.name}")
         found.setdefault(place, []).append(model.source(name))
     return found
 
@@ -144,16 +143,17 @@ def _head_width(config: Any) -> int:
 def _add_sizes(writer: Any, folder: Path, config: Any, family: Family) -> None:
     """Add the sizes of a model; refuse one of which llama.cpp would compute something else."""
     head, heads, layers = _head_width(config), config.num_attention_heads, config.num_hidden_layers
-    scale = getattr(config, "query_pre_attn_scalar", None)
+    scale, fault = getattr(config, "query_pre_attn_scalar", None), None
     largest = layers in (46, 62) and scale == config.hidden_size // heads  # of Gemma 2 and 3, which llama.cpp knows
     if scale not in (None, head) and not largest:
-        raise FistaPrunerError(f"{folder}: query_pre_attn_scalar is {scale}, but llama.cpp takes {head}")
+        fault = f"query_pre_attn_scalar is {scale}, but llama.cpp takes {head}"
     if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
-        raise FistaPrunerError(f"{folder}: norm_topk_prob is false, and llama.cpp norms the experts' weights always")
-    if family.period:
-        kinds = ["full" if (index + 1) % family.period == 0 else "sliding" for index in range(layers)]
-        if [f"{kind}_attention" for kind in kinds] != list(config.layer_types):
-            raise FistaPrunerError(f"{folder}: llama.cpp takes full attention in every {family.period}th layer only")
+        fault = "norm_topk_prob is false, and llama.cpp norms the experts' weights always"
+    kinds = ["sliding" if family.period and (index + 1) % family.period else "full" for index in range(layers)]
+    if family.period and [f"{kind}_attention" for kind in kinds] != list(config.layer_types):
+        fault = f"llama.cpp takes full attention in every {family.period}th layer only"
+    if fault:
+        raise _not_exported(folder, fault)
     writer.add_block_count(layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -209,7 +209,7 @@ def _add_rotary(writer: Any, folder: Path, config: Any) -> dict[str, Array]:
         steps = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
         return {"rope_freqs.weight": (base**-steps / frequencies.double()).float().numpy()}
     if kind not in ("default", "dynamic", "linear", "yarn"):  # llama.cpp has no scale by the length of a text
-        raise FistaPrunerError(f"{folder}: rope_type {kind!r} is not exported; use llama.cpp's convert_hf_to_gguf.py")
+        raise _not_exported(folder, f"rope_type {kind!r} is not exported")
     return {}
 
 
@@ -262,7 +262,7 @@ def _split_name(folder: Path, state: Mapping[str, Any]) -> str:
     for name in ("llama-bpe" if state["model"].get("ignore_merges") else "dbrx", "qwen2", "tekken", "gpt-4o"):
         if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == GGUF_PRE_TOKENIZER_SPLITS[name]:
             return name
-    raise FistaPrunerError(f"{folder}: the tokenizer's split has no known name: use llama.cpp's convert_hf_to_gguf.py")
+    raise _not_exported(folder, "the tokenizer's split has no known name")
 
 
 def _add_tensor(writer: Any, name: str, shape: Sequence[int], values: str) -> Any:
@@ -294,7 +294,6 @@ def _packed(what: str, array: Array, form: Any) -> Array:
 
     with np.errstate(over="ignore", invalid="ignore"):
         packed: Array = gguf.quantize(array, form)
-        lost = np.isfinite(array).all() and not np.isfinite(gguf.dequantize(packed, form)).all()
-    if lost:
-        raise FistaPrunerError(f"{what} has values that {form.name.lower()} cannot hold: try bf16")
+        if np.isfinite(array).all() and not np.isfinite(gguf.dequantize(packed, form)).all():
+            raise FistaPrunerError(f"{what} has values that {form.name.lower()} cannot hold: try bf16")
     return packed

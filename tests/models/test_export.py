@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.models.export import export_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
+from fistapruner.models.gguf import convert_gguf  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "long_factor": [1.0, 2.0, 3.0, 4.0] * 2, "short_factor": [1.0, 1.1, 1.2, 1.3] * 2}
@@ -44,10 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {**SPREAD, "sliding_window": 4}),
     "gemma3": ("Gemma3TextConfig", {**SPREAD, "sliding_window": 4, "num_hidden_layers": 6}),
     "phi3": ("Phi3Config", {}),
-    "longrope": (
-        "Phi3Config",
-        {**LONGER, "rope_parameters": {**LONG, "rope_theta": 1e4}},
-    ),
+    "longrope": ("Phi3Config", {**LONGER, "rope_parameters": {**LONG, "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
 }
 

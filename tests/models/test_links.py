@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.coupling import _watch, find_links, reordered
-from fistapruner.models.discovery import discover
-from fistapruner.models.files.checkpoint import ROTATED, Checkpoint, reorder
-from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.checkpoint import ROTATED, Checkpoint, reorder
+from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.links import find_links, links_inside, reordered
+from fistapruner.models.operators import discover
 
 MLP = {
     "opt": (("fc1",), "fc2"),
@@ -33,11 +34,25 @@ HEADS = {
 }
 
 
+def opened(folder: Path) -> LayerwiseModel:
+    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+
+
+def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    """Permute the channels of all links at random, and rotate those that may be, in place."""
+    for index, link in ((index, link) for index, found in enumerate(links) for link in found):
+        order = torch.stack([torch.randperm(link.channels) for _ in range(link.blocks)])
+        turn = torch.linalg.qr(torch.randn(link.blocks, link.channels, link.channels)).Q
+        for way in (order, turn) if link.rotates else (order,):
+            for name, change in reordered(model, index, link, way).items():
+                tensors[prefix + name].copy_(reorder(tensors[prefix + name], *change))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
-    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = opened(folder)
     links = find_links(skeleton, discover(skeleton))
     heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
     mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
@@ -51,13 +66,7 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
     before = model(tokens).logits
     state = model.state_dict()
     prefix = "" if any(name in state for name in skeleton.checkpoint.names()) else model.base_model_prefix + "."
-    for index, found in enumerate(links):
-        for link in found:
-            order = torch.stack([torch.randperm(link.channels) for _ in range(link.blocks)])
-            turn = torch.linalg.qr(torch.randn(link.blocks, link.channels, link.channels)).Q
-            for way in (order, turn) if link.rotates else (order,):
-                for name, change in reordered(skeleton, index, link, way).items():
-                    state[prefix + name].copy_(reorder(state[prefix + name], *change))
+    reorder_all(skeleton, links, state, prefix)
     torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
 
 
@@ -73,18 +82,14 @@ def test_channels_that_something_else_reads_in_order_are_not_linked(
         tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     else:
         tiny.save(architecture, folder)
-    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = opened(folder)
     links = find_links(skeleton, discover(skeleton))
     assert all(links)
     assert not any(name.endswith(operator) for found in links for link in found for name in link.producers)
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
     before = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
     tensors = load_file(folder / "model.safetensors")
-    for index, found in enumerate(links):
-        for link in found:
-            order = torch.stack([torch.randperm(link.channels) for _ in range(link.blocks)])
-            for name, change in reordered(skeleton, index, link, order).items():
-                tensors[name] = reorder(tensors[name], *change)
+    reorder_all(skeleton, links, tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     after = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
@@ -100,9 +105,7 @@ def test_layers_that_differ_in_an_attribute_only_are_tried_each(
         LayerwiseModel, "run", lambda self, index, *rest: [tried.append(index), run(self, index, *rest)][1]
     )
     for architecture, expected in (("llama", {0}), ("gemma2", {0, 1})):
-        skeleton = LayerwiseModel(
-            Checkpoint.open(tiny.save(architecture, tmp_path / architecture)), torch.device("cpu")
-        )
+        skeleton = opened(tiny.save(architecture, tmp_path / architecture))
         layout = discover(skeleton)
         tried.clear()
         find_links(skeleton, layout)
@@ -135,7 +138,7 @@ def test_what_a_nonlinearity_reads_is_not_rotated(between: Callable[[Tensor], Te
     layer, hidden = Heads(between), torch.randn(3, 16, 8)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     with torch.no_grad():
-        (link,) = _watch(layer, {4}, lambda values: functional_call(layer, values, (hidden,)))
+        (link,) = links_inside(layer, {4}, lambda values: functional_call(layer, values, (hidden,)))
     assert (link.producers, link.blocks, link.rotates) == (("v_proj",), 2, rotates)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 

@@ -12,17 +12,17 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import FistaPrunerError, one_line, unreadable
-from ...runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
+from ..errors import FistaPrunerError, one_line, unreadable
+from ..runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -48,14 +48,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Name, dtype, shape and bytes of a stored tensor.
-
-    Args:
-        name: the tensor's name in the checkpoint.
-        dtype: stored precision.
-        shape: stored shape.
-        nbytes: stored bytes.
-    """
+    """Name, dtype, shape and bytes of a stored tensor."""
 
     name: str
     dtype: torch.dtype
@@ -70,12 +63,7 @@ class TensorEntry:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each of them made or read when it is asked for.
-
-    Args:
-        entries: what the tensors are, by name.
-        read: gives the tensor of a name.
-    """
+    """Tensors by name, each of them made or read when it is asked for."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> None:
         self.entries = entries
@@ -96,15 +84,8 @@ class LazyTensors(Mapping[str, Tensor]):
 class SafetensorsFile:
     """A safetensors file: its header in memory, its tensors on disk until they are read.
 
-    Holds no open file, so it can be pickled and used from several processes.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        path: the file.
-        entries: name to :class:`TensorEntry`, in the header's order.
-        metadata: the header's ``__metadata__``, empty where there is none.
+    Holds no open file, so it can be pickled and used from several processes. ``entries`` are in the header's order;
+    ``metadata`` is the header's ``__metadata__``, empty where there is none.
 
     Raises:
         FistaPrunerError: names the file and what is wrong with it: missing, truncated, a header that the format or
@@ -122,8 +103,8 @@ class SafetensorsFile:
             reason = one_line(error)
             raise FistaPrunerError(f"{self.path} is truncated, damaged or not a safetensors file: {reason}") from None
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory.
+    def read(self, name: str, number: int | None = None) -> Tensor:
+        """Read a tensor, or its matrix ``tensor[number]``, into fresh memory.
 
         Raises:
             FistaPrunerError: no tensor of that name, or the file was shortened since it was opened.
@@ -131,21 +112,13 @@ class SafetensorsFile:
         entry = self.entries.get(name)
         if entry is None:
             raise FistaPrunerError(f"{self.path} has no tensor {name!r}")
-        return self._read(entry, 0)
-
-    def read_part(self, name: str, number: int) -> Tensor:
-        """Read ``tensor[number]`` into fresh memory."""
-        entry = self.entries[name]
-        part = TensorEntry.of(name, entry.dtype, entry.shape[1:])
-        return self._read(part, number * part.nbytes)
-
-    def _read(self, entry: TensorEntry, skipped: int) -> Tensor:
-        """Read a tensor, or a part of it that begins after ``skipped`` bytes."""
+        if number is not None:
+            entry = TensorEntry.of(name, entry.dtype, entry.shape[1:])
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         view = buffer.numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._offsets[entry.name] + skipped)
+                file.seek(self._offsets[name] + (number or 0) * entry.nbytes)
                 while view:
                     count = file.readinto(view[: 2**30])
                     if not count:
@@ -158,11 +131,14 @@ class SafetensorsFile:
         return buffer.view(entry.dtype).view(entry.shape)
 
 
-class SafetensorsWriter:
+@contextmanager
+def safetensors_writer(
+    path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
     """Write a safetensors file tensor by tensor; it appears only when all tensors are written.
 
-    Use it as a context manager. Tensors may be written in any order; memory holds one at a time. When the block raises,
-    or the disk is full, nothing is left behind.
+    Tensors may be written in any order; memory holds one at a time. When the block raises, or the disk is full, nothing
+    is left behind.
 
     Args:
         path: the file to make.
@@ -170,84 +146,52 @@ class SafetensorsWriter:
             falling item size, so that every tensor is aligned.
         metadata: strings for ``__metadata__``; ``{"format": "pt"}`` is what transformers expects.
 
+    Yields:
+        A function that writes the tensor of a name, from any device.
+
     Raises:
         FistaPrunerError: the disk is full, a tensor differs from its entry, or some were never written.
     """
+    promised = {entry.name: entry for entry in entries}
+    places, end = {}, 0
+    for entry in sorted(promised.values(), key=lambda entry: -entry.dtype.itemsize):
+        places[entry.name] = end
+        end += entry.nbytes
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, entry in promised.items():
+        span = [places[name], places[name] + entry.nbytes]
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start, missing = 8 + len(text), set(promised)
+    with atomic_file(path) as descriptor:  # empties the file of a killed attempt, whose space counts as free
 
-    def __init__(
-        self, path: str | Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        self.path = Path(path)
-        self.entries = {entry.name: entry for entry in entries}
-        offsets, end = {}, 0
-        for entry in sorted(self.entries.values(), key=lambda entry: -entry.dtype.itemsize):
-            offsets[entry.name] = end
-            end += entry.nbytes
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        for name, entry in self.entries.items():
-            start = offsets[name]
-            header[name] = {
-                "dtype": NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [start, start + entry.nbytes],
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = struct.pack("<Q", len(text)) + text
-        self._offsets = {name: len(self._header) + offset for name, offset in offsets.items()}
-        self.nbytes = len(self._header) + end
-        self._missing = set(self.entries)
-        self._file = atomic_file(self.path)
-        self._descriptor = -1
+        def write(name: str, tensor: Tensor) -> None:
+            entry = promised.get(name)
+            if entry is None or (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                wanted = "nothing of that name" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+                found = f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}"
+                raise FistaPrunerError(f"{path}: {found}, the header promises {wanted}")
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            write_all(descriptor, data.numpy().data, start + places[name])
+            missing.discard(name)
 
-    def __enter__(self) -> Self:
-        self._descriptor = self._file.__enter__()  # empties the file of a killed attempt, whose space counts as free
-        try:
-            require_space(self.path, self.nbytes)
-            write_all(self._descriptor, self._header, 0)
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, from any device.
-
-        Raises:
-            FistaPrunerError: the name, dtype or shape is not that of an entry.
-        """
-        entry = self.entries.get(name)
-        if entry is None or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-            promised = "nothing of that name" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-            raise FistaPrunerError(
-                f"{self.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the header promises {promised}"
-            )
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        write_all(self._descriptor, data.numpy().data, self._offsets[name])
-        self._missing.discard(name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._missing:
-            error = FistaPrunerError(f"{self.path}: tensor {min(self._missing)!r} was never written")
-            self._file.__exit__(type(error), error, None)
-            raise error
-        self._file.__exit__(kind, error, trace)
+        require_space(path, start + end)
+        write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        yield write
+        if missing:
+            raise FistaPrunerError(f"{path}: tensor {min(missing)!r} was never written")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, in their order, as :class:`SafetensorsWriter` does.
-
-    Those that are read when they are asked for are read once.
-    """
+    """Write tensors to a safetensors file, in their order; :class:`LazyTensors` are read once."""
     if isinstance(tensors, LazyTensors):
         entries = list(tensors.entries.values())
     else:
         entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, entries, metadata) as writer:
+    with safetensors_writer(Path(path), entries, metadata) as write:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            write(name, tensor)
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:

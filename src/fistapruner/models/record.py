@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core import parse_sparsity
-from ...errors import FistaPrunerError
-from .checkpoint import Checkpoint, Stack
-from .folder_files import PRUNING_RECORD, read_json_in
+from ..core import parse_sparsity
+from ..errors import FistaPrunerError
+from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json_in
 from .safetensors import TensorEntry
 
 MIN_ZEROS = 0.01
@@ -41,11 +40,14 @@ def lost_structure(record: Mapping[str, Any]) -> bool:
 
 def has_zeros(record: Mapping[str, Any]) -> bool:
     """Return whether a model's record claims zeros; where it claims nothing, unless it is smaller."""
-    operators = record.get("operators")
-    claims = operators.values() if isinstance(operators, Mapping) else ()
-    if not claims:
+    if not (claims := _operators(record).values()):
         return not lost_structure(record)
     return any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
+
+
+def _operators(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a record claims of operators, by name; nothing where it cannot be read."""
+    return operators if isinstance(operators := record.get("operators"), Mapping) else {}
 
 
 def stack_of(name: str) -> str:
@@ -56,14 +58,12 @@ def stack_of(name: str) -> str:
 
 def stacked_experts(record: Mapping[str, Any]) -> str:
     """Name a tensor of all experts that a model's record claims to be pruned; empty where there is none."""
-    operators = record.get("operators")
-    return next(filter(None, map(stack_of, operators if isinstance(operators, dict) else ())), "")
+    return next(filter(None, map(stack_of, _operators(record))), "")
 
 
 def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Take the tensors apart of which a record claims something for the matrices of single experts."""
-    operators = record.get("operators")
-    for name, claim in operators.items() if isinstance(operators, Mapping) else ():
+    for name, claim in _operators(record).items():
         whole = stack_of(name)
         known = whole in checkpoint and whole not in checkpoint.stacks and isinstance(claim, Mapping)
         if known and len(checkpoint.entry(whole).shape) == 3:
@@ -73,32 +73,23 @@ def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Non
 def recorded_claims(
     record: Mapping[str, Any], entries: Container[str], origin: str | Path
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Read a record's claims about operators.
+    """Read a record's claims about operators, by stored names, which may leave out ``.weight``.
 
     Args:
-        record: what a pruning run wrote (``fistapruner.json``): its ``operators`` are claims by the names of stored
-            tensors, which may leave out ``.weight``.
-        entries: names of the checkpoint's tensors.
-        origin: the folder, for errors.
+        record: what a pruning run wrote (``fistapruner.json``); one that is damaged is refused.
+        entries: names of the checkpoint's tensors; ``origin``: its folder.
 
     Returns:
         Claims by tensor name, and one sentence for every claim about a missing tensor.
-
-    Raises:
-        FistaPrunerError: the record is damaged.
     """
     operators = record.get("operators", {})
     if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
         raise FistaPrunerError(f"{Path(origin) / PRUNING_RECORD} has no mapping of operators to claims")
-    claims: dict[str, dict[str, Any]] = {}
-    faults = []
-    for name, claim in operators.items():
-        found = next((tensor for tensor in (name, f"{name}.weight") if tensor in entries), None)
-        if found is None:
-            faults.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
-        else:
-            claims[found] = claim
-    return claims, faults
+    found = {name: next((each for each in (name, f"{name}.weight") if each in entries), "") for name in operators}
+    claims = {found[name]: claim for name, claim in operators.items() if found[name]}
+    lost = {name: claim.get("sparsity") for name, claim in operators.items() if not found[name]}
+    said = "is claimed, but the checkpoint has no such operator"
+    return claims, [f"{name}: {sparsity} {said}" for name, sparsity in lost.items()]
 
 
 def stores_inputs_first(claims: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]) -> bool:

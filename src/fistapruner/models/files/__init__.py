@@ -1,1 +1,0 @@
-"""Read and write checkpoint files: safetensors, GGUF and legacy pickles."""

@@ -1,0 +1,515 @@
+"""Run a causal language model with one decoder layer in memory at a time.
+
+The architecture is built on the meta device, without weights; decoder layers are read from the checkpoint when they are
+needed and freed afterwards. No architecture is listed by name. Instead, the model's own ``forward`` runs with every
+decoder layer's ``forward`` replaced:
+
+* by a recorder, which gives the input of the first layer and the exact arguments of every layer
+  (:meth:`LayerwiseModel.embed`);
+* by a function that returns given hidden states, which gives the model's own final norm and head
+  (:meth:`LayerwiseModel.logits`).
+
+This is right only where every decoder layer receives the output of the layer before it, and nothing else happens
+between them. :meth:`LayerwiseModel.check` refuses models whose forward pass differs, and
+:func:`fistapruner.passes.check.check_model` compares the logits of one short window with the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import FistaPrunerError, one_line
+from ..runtime.numerics import pass_dtype
+from .build import build_model, find_decoder_layers, loaded_dtype, max_length, refuse_experts, unsupported
+from .checkpoint import Checkpoint
+from .experts import separate_experts
+from .low_rank import LowRankAdapter
+from .names import checkpoint_names, parameter_names, stored_names
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a decoder layer, without its hidden states."""
+
+UNSTATED_LENGTH = 2048
+"""Tokens that the head takes at once where the config states no longest text."""
+
+
+class _Stop(Exception):
+    """End a forward pass early."""
+
+
+class LayerwiseModel:
+    """A model that runs with one decoder layer in memory.
+
+    Args:
+        checkpoint: the model's weights.
+        device: device of the passes.
+        dtype: precision of the passes; None is the checkpoint's own, or fp32 where the device has no matrix units for
+            it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Attributes:
+        low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
+        vocabulary: width of the logits; ``embedded_tokens``: tokens that have an embedding.
+        max_length: most tokens of a text (:func:`~.build.max_length`).
+        max_head_rows: most tokens that :meth:`head` takes at once.
+
+    Raises:
+        FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
+    """
+
+    _checked = False
+    _container: tuple[type[tuple[Any, ...]] | type[list[Any]], int] | None = None
+    """Type in which layers return hidden states, and the number of other things in it; None for a tensor alone."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
+        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
+        self.config = self.model.config
+        self.layers_name, self.layers = find_decoder_layers(self.model)
+        found = stored_names(self.model, [entry.name for entry in checkpoint.stored])
+        names = separate_experts(self.model, self.layers_name, self.layers, checkpoint, found)
+        refuse_experts(self.model, self.layers_name, self.layers)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        self.embedded_tokens = int(self.model.get_input_embeddings().weight.shape[0])
+        self.max_length = max_length(self.model)
+        self.max_head_rows = self.max_length or UNSTATED_LENGTH
+        self.low_rank: LowRankAdapter | None = None
+        self._open: set[int] = set()  # numbers of loaded decoder layers
+        self._sources = checkpoint_names(self.model, checkpoint, names, found.joined)
+        self._names = {source: name for name, source in self._sources.items()}
+        self._parameters = {name for name, _ in self.model.named_parameters()}
+        buffers_to(self.model, device)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """Return the width of the hidden states between decoder layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def source(self, parameter: str) -> str:
+        """Return the name in the checkpoint of one of the model's parameters."""
+        return self._sources[parameter]
+
+    def full_name(self, index: int, inside: str) -> str:
+        """Return the name in the model of what is called ``inside`` in decoder layer ``index``."""
+        return f"{self.layers_name}.{index}.{inside}"
+
+    def source_of(self, index: int, inside: str) -> str:
+        """Return the name in the checkpoint of a parameter of decoder layer ``index``."""
+        return self.source(self.full_name(index, inside))
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """Return the names in the model of all stored parameters and buffers."""
+        return self._sources.keys()
+
+    def sources(self) -> Collection[str]:
+        """Return the names in the checkpoint of all of the model's parameters and stored buffers."""
+        return self._names.keys()
+
+    def parameter_count(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
+    ) -> int:
+        """Count the parameters, with other ``shapes`` of some stored tensors, and without ``dropped``."""
+        names = parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same).difference(dropped)
+        sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
+        return sum(math.prod(sizes[name]) for name in names)
+
+    def layer_parameters(self, index: int) -> list[str]:
+        """Return the names in the model of the parameters of decoder layer ``index``."""
+        prefix = f"{self.layers_name}.{index}."
+        return [name for name in self._sources if name.startswith(prefix)]
+
+    def layer_sources(self, index: int) -> set[str]:
+        """Return the names in the checkpoint of the parameters of decoder layer ``index``."""
+        return {self.source(name) for name in self.layer_parameters(index)}
+
+    def pass_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of tensors, by their names in the checkpoint, in the precision of the passes."""
+        return sum(math.prod(self.checkpoint.entry(name).shape) for name in names) * self.dtype.itemsize
+
+    def rounded(self, source: str, tensor: Tensor) -> Tensor:
+        """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
+        stored = self.checkpoint.entry(source).dtype
+        tensor = tensor.to(stored)
+        if stored.itemsize <= self.dtype.itemsize:  # no tensor has fewer bits in passes; training asks often
+            return tensor
+        loaded = loaded_dtype(self.model, self._names[source], self.dtype)
+        return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)
+
+    def result(self, source: str, tensor: Tensor) -> Tensor:
+        """Copy ``tensor`` to main memory, :meth:`rounded`."""
+        rounded = self.rounded(source, tensor).cpu()
+        return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+
+    @contextmanager
+    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Load decoder layer ``index`` for the block, and free its weights afterwards.
+
+        Inside another block that holds the layer nothing is loaded or freed, and nothing may be ``replaced``: tensors
+        that replace the checkpoint's, by name in the checkpoint (pruned weights).
+        """
+        if index in self._open:
+            if replaced:
+                raise ValueError(f"layer {index} is loaded with other weights")
+            yield self.layers[index]
+            return
+        names = self.layer_parameters(index)
+        try:
+            self._load(names, replaced or {})
+            self._open.add(index)
+            yield self.layers[index]
+        finally:
+            self._open.discard(index)
+            self._free(names)
+
+    @contextmanager
+    def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
+        """Load everything outside the decoder layers for the block: embeddings, final norm, head.
+
+        What another block around this one holds is neither loaded nor freed.
+
+        Args:
+            head: False leaves out the output head.
+            like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
+        """
+        prefix, tensors = self.layers_name + ".", self.model.state_dict(keep_vars=True)
+        output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        names = [name for name in self._sources if not name.startswith(prefix) and tensors[name].is_meta]
+        if output is not None and not head:
+            names = [name for name in names if tensors[name] is not output.weight]
+        headless = output is not None and output.weight.is_meta
+        try:
+            self._load(names, {}, like)
+            if head and output is not None and output.weight.is_meta:
+                output.weight = embedding.weight
+            yield
+        finally:
+            self._free(names)
+            if headless and not output.weight.is_meta:
+                output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def resident(self, *, layers: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
+        """Keep weights loaded for the block; inside it nothing of them is loaded or freed again.
+
+        Without ``layers`` these are embeddings, final norm and head only. For ``like`` see :meth:`embeddings_and_head`.
+        """
+        with ExitStack() as loaded:
+            loaded.enter_context(self.embeddings_and_head(like=like))
+            for index in range(len(self) if layers else 0):
+                loaded.enter_context(self.layer(index))
+            yield
+
+    def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
+        """Load parameters and buffers to the device, in the dtypes of transformers (:func:`.loaded_dtype`)."""
+        for name in names:
+            source = self._sources[name]
+            tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
+            if self.low_rank is not None:
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                tensor = self.low_rank.added(name, tensor, transposed=isinstance(module, Conv1D))
+            if tensor.is_floating_point():
+                # Weights of operators are checked where they are pruned; here norms and biases, which are small.
+                if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
+                    raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
+                tensor = tensor.to(loaded_dtype(self.model, name, self.dtype))
+            tensor = tensor.to(self.device, non_blocking=True)
+            twin = None if like is None else like._held(name)
+            same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
+            assign(self.model, name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
+
+    def _held(self, name: str) -> Tensor | None:
+        """Return a loaded parameter or buffer; None where it is not there or not loaded."""
+        parent, _, key = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(parent)
+        except AttributeError:
+            return None
+        held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
+        return None if held is None or held.is_meta else held.detach()
+
+    def _free(self, names: list[str]) -> None:
+        """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
+        for name in names:
+            if (held := self._held(name)) is not None:
+                shape = self.checkpoint.entry(self._sources[name]).shape
+                assign(self.model, name, held.new_empty(shape, device="meta"))
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Record the input of the first decoder layer and the arguments of every decoder layer.
+
+        Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
+        (batch, seqlen, width). Ids beyond the vocabulary, and a layer that does not receive the output of the layer
+        before it, are refused.
+        """
+        return self._watch(tokens, torch.Tensor.detach)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse token ids outside the model's vocabulary."""
+        size = self.embedded_tokens
+        worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
+        if not 0 <= worst < size:
+            beyond = f"token id {worst} is beyond the model's vocabulary of {size}"
+            raise FistaPrunerError(f"{self.checkpoint.folder}: {beyond}: its tokenizer belongs to another model")
+
+    def check(self) -> None:
+        """Refuse a model that cannot be run layer by layer; loads embeddings, then the first layer, once.
+
+        Every decoder layer must run once, in order. It must receive the output of the layer before it, and no other
+        argument that depends on the token ids.
+        """
+        if not self._checked:
+            with self.failures_explained():
+                self._learn_return_type(self.check_window(16))
+                self._check_calls()
+            self._checked = True
+
+    def check_window(self, length: int) -> Tensor:
+        """Return (1, length) token ids for a check; fewer where the model takes fewer."""
+        return torch.arange(3, 3 + min(length, self.max_length or length)).remainder(self.embedded_tokens)[None]
+
+    def probe(self) -> tuple[Tensor, list[Call]]:
+        """Do :meth:`embed` with a small window, to try decoder layers on."""
+        with self.embeddings_and_head(head=False):
+            return self.embed(self.check_window(16))
+
+    def calls(self, batch: int, seqlen: int) -> list[Call]:
+        """Record the arguments of every decoder layer for full windows. Needs :meth:`embeddings_and_head`."""
+        return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
+
+    def run(self, index: int, hidden: Tensor, call: Call, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run loaded decoder layer ``index`` on (batch, seqlen, width) hidden states; return its output.
+
+        Args:
+            index: number of the layer.
+            hidden: what enters it; ``call``: its other arguments.
+            values: tensors to use in place of parameters, by name inside the layer.
+        """
+        args, kwargs = call
+        layer = self.layers[index]
+        if not values:
+            return hidden_of(layer(hidden, *args, **kwargs))
+        return hidden_of(torch.func.functional_call(layer, dict(values), (hidden, *args), kwargs))
+
+    def head(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
+        """Compute the logits (tokens, vocabulary) of single tokens, whatever their ids: final norm and head.
+
+        Needs :meth:`embeddings_and_head`. ``rows`` (tokens, width) are outputs of the last decoder layer, at most
+        :attr:`max_head_rows`; ``gradients`` are as for :meth:`logits`.
+        """
+        ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
+        with torch.set_grad_enabled(gradients):
+            return self.logits(rows[None], ids, gradients=gradients)[0]
+
+    def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
+        """Compute logits (batch, seqlen, vocabulary). Needs :meth:`embeddings_and_head`.
+
+        Args:
+            hidden: (batch, seqlen, width) output of the last decoder layer.
+            tokens: (batch, seqlen) token ids that ``hidden`` was computed from.
+            gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
+        """
+        logits: Tensor = self._forward(tokens, lambda *_: self._returned(hidden), gradients=gradients).logits
+        return logits
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """Give hidden states in the type in which layers return them."""
+        if self._container is None:
+            return hidden
+        kind, others = self._container
+        return kind((hidden, *(None for _ in range(others))))
+
+    def _learn_return_type(self, tokens: Tensor) -> None:
+        """Run layer 0 once on ``tokens`` to find the type in which layers return hidden states."""
+        first: list[Call] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append((args, kwargs))
+            raise _Stop
+
+        with self.embeddings_and_head(head=False):
+            self._forward(tokens, record)
+        if not first:
+            raise self.unsupported(f"{self.layers_name}.0 does not run in a forward pass")
+        args, kwargs = first[0]
+        with self.layer(0) as layer, torch.no_grad():
+            out = layer(*args, **kwargs)
+        if isinstance(out, (tuple, list)):
+            self._container = (list if isinstance(out, list) else tuple), len(out) - 1
+        elif not isinstance(out, Tensor):
+            raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
+
+    def _check_calls(self) -> None:
+        """Check that layers receive the output of the layer before them, and no argument of the token ids."""
+        with self.embeddings_and_head(head=False):
+            first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
+        for index, (call, other) in enumerate(zip(first, second, strict=True)):
+            values = {f"argument {number}": pair for number, pair in enumerate(zip(call[0], other[0], strict=True), 2)}
+            values |= {repr(name): (value, other[1][name]) for name, value in call[1].items()}
+            if what := next((what for what, pair in values.items() if not _same(*pair)), None):
+                depends = "which depends on the token ids or on other layers"
+                raise self.unsupported(f"decoder layer {index} is given {what}, {depends}")
+
+    def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
+        """Record what :meth:`embed` returns; ``stand_in`` makes one for a layer's output from its input."""
+        self.check_tokens(tokens)
+        calls: list[Call] = []
+        first: list[Tensor] = []
+        given: list[tuple[Tensor, int]] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = dict(kwargs)
+            hidden, *rest = args or (named.pop("hidden_states", None),)
+            if not isinstance(hidden, Tensor):
+                raise self.unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
+            if index == 0:
+                first.append(hidden)
+            else:
+                returned, version = given.pop()
+                same = hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))
+                if returned._version != version or not same:  # overwritten hidden states cannot be compared
+                    raise self.unsupported(
+                        f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned"
+                    )
+            calls.append((tuple(rest), named))
+            if index == len(self.layers) - 1:
+                raise _Stop
+            output = stand_in(hidden)
+            given.append((output, output._version))
+            return self._returned(output)
+
+        self._forward(tokens, record)
+        if len(calls) != len(self.layers):
+            raise self.unsupported(
+                f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass"
+            )
+        if first[0].shape != (*tokens.shape, self.width):
+            given_shape, expected = tuple(first[0].shape), (*tokens.shape, self.width)
+            raise self.unsupported(f"{self.layers_name}.0 is given {given_shape} and not {expected} hidden states")
+        return first[0], calls
+
+    def own_logits(self, tokens: Tensor) -> Tensor:
+        """Compute the model's own logits (batch, seqlen, vocabulary), one decoder layer in memory."""
+        with ExitStack() as outside:  # embeddings before the first layer, norm and head after the last one
+
+            def load_and_run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if index == 0:
+                    outside.close()
+                with self.layer(index) as layer:
+                    replaced = layer.__dict__.pop("forward")
+                    out = layer(*args, **kwargs)
+                    layer.forward = replaced
+                if index == len(self) - 1:
+                    outside.enter_context(self.embeddings_and_head())
+                return out
+
+            outside.enter_context(self.embeddings_and_head(head=False))
+            logits: Tensor = self._forward(tokens, load_and_run).logits
+        return logits
+
+    def architecture(self) -> str:
+        """Describe everything that layer-by-layer passes depend on: class, config, dtype, kind of device."""
+        settings = json.dumps(self.config.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
+        return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {settings}"
+
+    def unsupported(self, reason: str) -> FistaPrunerError:
+        """Make the error that refuses this model's architecture."""
+        return unsupported(self.model, reason)
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """Turn errors of the model's own code, run with replaced layers, into one sentence."""
+        try:
+            yield
+        except (FistaPrunerError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # every architecture has its own code, which fails in its own way
+            reason = f"{type(error).__name__}: {one_line(error, 150)}"
+            raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
+
+    def _forward(
+        self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
+    ) -> Any:
+        """Run the model's own forward with that of every decoder layer replaced; each runs once, in order."""
+        done = count()
+
+        def replacement(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if (number := next(done)) != index:
+                    before = f"after {self.layers_name}.{number - 1}" if number else "first"
+                    order = f"runs {before}: layers have to run once each, in order"
+                    raise self.unsupported(f"{self.layers_name}.{index} {order}")
+                return instead(index, args, kwargs)
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = replacement(index)
+        try:
+            with torch.set_grad_enabled(gradients):
+                return self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Stop:
+            return None
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+
+
+def _same(value: Any, again: Any) -> bool:
+    """Compare one argument in two passes; an empty dictionary, which layers would fill, is never the same."""
+    if type(value) is not type(again):
+        return False
+    if isinstance(value, Tensor):
+        return torch.equal(value, again)
+    if isinstance(value, (tuple, list)):
+        return len(value) == len(again) and all(map(_same, value, again))
+    if isinstance(value, dict):
+        return bool(value) and value.keys() == again.keys() and all(_same(value[key], again[key]) for key in value)
+    return not isinstance(value, (int, float, str)) or bool(value == again)
+
+
+def hidden_of(out: Any) -> Tensor:
+    """Return the hidden states of a decoder layer's output: alone, or first in a tuple or list."""
+    hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return hidden
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer of a module by its name; the tensor may have another shape."""
+    parent, _, key = name.rpartition(".")
+    module = module.get_submodule(parent)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[key] = tensor
+    if isinstance(module, Conv1D):
+        module.nf = module.weight.shape[1]  # its forward pass makes the output in this shape
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module and of all inside it to a device, but for those on the meta device."""
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[key] = buffer.to(device)
