@@ -165,7 +165,8 @@ def dense_of(run: RunDirectory) -> Dense | None:
     if record.kind == "prune" and not (record.lineage and record.lineage.stages):
         return Dense(decision.folder, decision.stamps)
     origin = input_run(str(decision.folder))
-    return (None if origin is None else dense_of(origin)) or _named(record.lineage)
+    found = None if origin is None else dense_of(origin)
+    return found or (_named(record.lineage) if record.kind == "prune" else None)
 
 
 def _named(lineage: Lineage | None) -> Dense | None:
