@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain, with_name
 from ..models.checkpoint import PRUNING_RECORD
 from ..models.record import read_pruning_record
+from ..models.source import SMALL_MODEL, resolve_model
 from ..runtime.files import write_json_atomic
 from .directory import RunDirectory
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures
@@ -164,4 +165,16 @@ def dense_of(run: RunDirectory) -> Dense | None:
     if record.kind == "prune" and not (record.lineage and record.lineage.stages):
         return Dense(decision.folder, decision.stamps)
     origin = input_run(str(decision.folder))
-    return None if origin is None else dense_of(origin)
+    found = None if origin is None else dense_of(origin)
+    return found or (_named(record.lineage) if record.kind == "prune" else None)
+
+
+def _named(lineage: Lineage | None) -> Dense | None:
+    """Find the dense model that a lineage names, where it is on this machine; nothing is downloaded."""
+    name = dense_name(lineage)
+    if name is None or not (name == SMALL_MODEL or Path(name).exists()):
+        return None
+    try:
+        return Dense(resolve_model(name).absolute())
+    except FistaPrunerError:
+        return None
