@@ -160,7 +160,7 @@ def test_penn_treebank_is_read_without_its_script(monkeypatch: pytest.MonkeyPatc
     assert load_documents("ptb", held_out=held_out) == ["a b"]
     files = {split: f"penn_treebank/{split}/*.parquet"}
     how = {"split": split, "data_files": files, "revision": "refs/convert/parquet"}
-    assert asked == [(("ptb-text-only/ptb_text_only", None), how)]
+    assert asked == [(("ptb-text-only/ptb_text_only",), how)]
 
 
 @pytest.mark.real
@@ -182,10 +182,10 @@ def test_token_count_of_the_joined_wikitext_test_split() -> None:
         assert len(load_tokenizer(Path(gpt2))(text, verbose=False)["input_ids"]) == 287_644
 
 
-@pytest.mark.parametrize("verb", [fp.evaluate, fp.evaluate_run, fp.prune, fp.recover])
+@pytest.mark.parametrize("verb", [fp.evaluate, fp.prune, fp.recover])
 def test_a_file_that_is_no_text_is_refused_before_the_model_is_looked_for(verb: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    given = {"data": file} if verb in (fp.evaluate, fp.evaluate_run) else {"out": tmp_path / "out", "evaluate": file}
-    with pytest.raises(FistaPrunerError, match=r"model\.gguf' has the suffix '\.gguf'; known are \.txt, "):
+    given = {"data": file} if verb is fp.evaluate else {"out": tmp_path / "out", "evaluate": file}
+    with pytest.raises(FistaPrunerError, match=r"model\.gguf' is none of \.txt, "):
         verb(tmp_path / "no model", **given)

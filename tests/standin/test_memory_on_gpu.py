@@ -16,8 +16,8 @@ from fistapruner.planning import DEVICE_RESERVE
 from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry, Report
-from fistapruner.settings.loading import load_recipe_settings, merge_settings
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.parse import load_recipe_settings, merge_settings
+from fistapruner.settings.prune import Recipe
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

@@ -56,4 +56,4 @@ def test_tokens_that_the_dense_model_rules_out_do_not_count() -> None:
 
 
 def test_losses_have_names() -> None:
-    assert [TokenLoss.named(name, 0.3).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.3]
+    assert [TokenLoss.named(name).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.5]

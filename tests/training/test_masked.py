@@ -15,8 +15,8 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.papers.spp import Spp
-from fistapruner.settings.align_settings import AlignRecipe
-from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.align import AlignRecipe
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.training.loss import TokenLoss
 from fistapruner.training.masked import SHARE, Form, Full, Lora, Masters, Trained, first_rate
 from fistapruner.training.objective import Objective

@@ -16,8 +16,8 @@ from torch.nn.functional import kl_div, logsigmoid
 import tiny
 from fistapruner.models.discovery import discover
 from fistapruner.papers.mrpo import Preference, margins_of
-from fistapruner.settings.align_settings import PairData
-from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.align import PairData
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.pairs import Pairs, read_pairs, tokenise_pairs
 from fistapruner.training.masked import Trained
 from fistapruner.training.objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, PairTerms

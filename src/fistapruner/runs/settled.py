@@ -25,10 +25,9 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..runtime.machine import versions
 from ..runtime.show import shell_line
-from ..settings.execution_settings import Execution
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
-from ..settings.values import SparsitySetting
+from ..settings.execution import Execution
+from ..settings.prune import Recipe, SparsitySetting
+from ..settings.train import TrainingRecipe
 from .listener import Listener
 from .records import Report
 
@@ -265,7 +264,7 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
     text, fault = None if evaluate is None else path_text("evaluate", evaluate, A_TEXT), ""
     if windows is not None and text is None:
         fault = f"evaluate_windows {windows} has no effect: evaluate names no text"
-    elif windows is not None and type(windows) is not int:
+    elif windows is not None and (type(windows) is not int or windows < 1):
         fault = f"evaluate_windows {windows!r}: a whole number from 1 is expected"
     elif text == "none" and not Path(text).is_file():  # as the command has it
         fault = "evaluate 'none' is no text: give None to evaluate nothing"

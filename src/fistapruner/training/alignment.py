@@ -37,7 +37,7 @@ from ..runs.records import Alignment as Figures
 from ..runs.records import Report
 from ..runs.settled import stamps
 from ..runtime.numerics import mean_and_error
-from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..settings.align import PREFERENCE_LOSSES, AlignRecipe
 from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs
 from ..text.training import TrainingText
 from .masked import Trained
@@ -66,7 +66,6 @@ class Alignment(Training):
     @staticmethod
     def check_text(recipe: AlignRecipe) -> None:
         """See :class:`.Training`."""
-        recipe.refuse_idle()
         if recipe.data.pairs is None:
             raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
         read_pairs(recipe.data.pairs)
@@ -77,7 +76,6 @@ class Alignment(Training):
         recipe = request.recipe
         changes = {
             "references": recipe.resolved_references,
-            "shares": recipe.resolved_shares,
             "anchor": recipe.resolved_anchor,
         }
         return recipe.with_absolute_files().model_copy(update=changes)
@@ -94,12 +92,12 @@ class Alignment(Training):
             if name in ("pruned", "dense"):
                 names.append(name)
                 continue
-            source = find_input(name, request.permissions, "align --references")
+            source = find_input(name, request.permissions, "align references")
             model = open_model(source, inputs.recipe)
             tokens = source.tokenizer().get_vocab(), model.vocabulary
             if tokens != (inputs.source.tokenizer().get_vocab(), inputs.model.vocabulary):
                 raise FistaPrunerError(
-                    f"--references {name}: its tokens are not those of {inputs.source.folder}; name models that share "
+                    f"references {name}: its tokens are not those of {inputs.source.folder}; name models that share "
                     "its tokenizer"
                 )
             check_model(model)
@@ -152,7 +150,7 @@ class Alignment(Training):
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self.weighed(self.references(listener))
             margins, weights = reference_margins(cast(PreferenceLoss, recipe.loss), stacked, weights, self._clip)
-            preference = Preference(margins, weights, recipe.beta, recipe.label_smoothing)
+            preference = Preference(margins, weights, recipe.beta)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
             teacher = self.teacher(chosen, listener)
@@ -208,7 +206,7 @@ class Alignment(Training):
         if recipe.weights == "per-pair":
             return names, stacked, pair_weights(stacked)
         if recipe.weights == "fixed":
-            shares = torch.tensor(recipe.resolved_shares or [1.0] * len(names), dtype=torch.float64)
+            shares = torch.ones(len(names), dtype=torch.float64)
         else:
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
             shares = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
@@ -267,5 +265,5 @@ class Alignment(Training):
         if chosen < LOWEST_REWARD:
             report.warnings.append(
                 f"the mean reward of the chosen answers is {chosen:.2f}: they have become much less likely than they "
-                "were; try a lower --lr, fewer --steps, a larger --beta, or --anchor 0.1"
+                "were; try a lower --lr, fewer --steps, a larger --set beta, or --set anchor=0.1"
             )

@@ -2,7 +2,7 @@
 
 With ``q`` the model's and ``p`` the dense model's next-token distribution (temperature 1),
 
-    kl = sum_v p_v (log p_v - log q_v),    ce = -log q(next token),    mix = share * kl + (1 - share) * ce.
+    kl = sum_v p_v (log p_v - log q_v),    ce = -log q(next token),    mix = (kl + ce) / 2.
 
 Each is a divergence of ``q`` from a *target* distribution ``t`` (``p``, the next token, a mix of both), so its gradient
 with respect to ``log q`` is ``-t``. Logits are reduced in blocks of rows that fit a core's cache; no logit outlives its
@@ -30,9 +30,9 @@ class TokenLoss:
     share: float
 
     @classmethod
-    def named(cls, name: str, mix: float = 0.5) -> TokenLoss:
-        """Return the loss ``kl``, ``ce``, or ``mix`` with the share ``mix`` of kl."""
-        return cls({"kl": 1.0, "ce": 0.0, "mix": mix}[name])
+    def named(cls, name: str) -> TokenLoss:
+        """Return the loss ``kl``, ``ce``, or ``mix``, which is half of each."""
+        return cls({"kl": 1.0, "ce": 0.0, "mix": 0.5}[name])
 
     def tokens(
         self,

@@ -33,7 +33,7 @@ from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..models.layout import Layout
 from ..runtime.numerics import seeded
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .loop import OURS, Descent
 
 ITSELF = ""
@@ -392,7 +392,7 @@ def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int | None, w
     """Compute the first learning rate of a master.
 
     ``lr: auto`` is the form's own rate, or :data:`SHARE` of the root mean square of what is trained; an alignment takes
-    :attr:`~fistapruner.settings.training_settings.TrainingRecipe.rate_share` of it. A given ``lr`` is absolute for
+    :attr:`~fistapruner.settings.train.TrainingRecipe.rate_share` of it. A given ``lr`` is absolute for
     low-rank masters and a share for all others; norms and biases beside low-rank masters take the share that stands to
     :data:`SHARE` as ``lr`` to the form's own rate.
 

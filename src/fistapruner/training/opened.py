@@ -32,7 +32,7 @@ from ..runs.settled import TrainingDecision, stamps
 from ..runs.steps import read_steps
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
-from ..settings.execution_settings import Execution
+from ..settings.execution import Execution
 from ..text.training import TrainingText
 from .distributed import ShardedSnapshots, World
 from .loop import MAX_NOT_FINITE, Loop, State

@@ -28,7 +28,7 @@ from ..runtime.devices import free_device_memory, free_memory, release_memory, r
 from ..runtime.files import existing_folder
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from ..runtime.show import counted, duration, size
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .loop import CHECKS
 from .loss import TokenLoss
 from .masked import TrainedLayer, form_of, vectors

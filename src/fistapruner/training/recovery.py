@@ -20,7 +20,7 @@ from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name
 from ..runtime.show import count
-from ..settings.recover_settings import RecoverRecipe
+from ..settings.train import RecoverRecipe
 from ..text import SELF
 from ..text.generate import load_writer
 from ..text.sources import check_source
@@ -60,8 +60,8 @@ class Recovery(Training):
             if record is None or record.calibration is None or record.kind == "align":  # pairs are no text
                 raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
             tasks = {name: str(task.source) for name, task in record.calibration.tasks.items()}
-            single = {"source": next(iter(tasks.values()), record.calibration.source)}
-            data = data.model_copy(update={"tasks": tasks} if len(tasks) > 1 else single)
+            single = next(iter(tasks.values()), record.calibration.source)
+            data = data.model_copy(update={"source": tasks if len(tasks) > 1 else single})
             recipe = recipe.model_copy(update={"data": data})
             Recovery.check_text(recipe)
         return recipe.with_absolute_files()
@@ -125,7 +125,7 @@ class Recovery(Training):
 
     def objective(self, run: Any, windows: Tensor, listener: Listener) -> Objective:
         """See :class:`.Training`."""
-        loss, teacher = TokenLoss.named(str(self.recipe.loss), self.recipe.mix), None
+        loss, teacher = TokenLoss.named(str(self.recipe.loss)), None
         if loss.share:
             held_out = self.text.held_out.nonzero().flatten().tolist()
             teacher = self.teacher([*held_out, *windows.flatten().tolist()], listener)

@@ -32,9 +32,8 @@ from ..runs.times import spent
 from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
-from ..settings.align_settings import AlignRecipe
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.align import AlignRecipe
+from ..settings.train import RecoverRecipe, TrainingRecipe
 from .alignment import Alignment
 from .distributed import World, joined
 from .opened import Training

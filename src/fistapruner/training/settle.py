@@ -46,7 +46,7 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name, pass_dtype
 from ..runtime.show import shell_line
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from ..text.sources import PYTHON
 from ..text.training import TrainingText, shared_documents
 from ..text.windows import window_length
