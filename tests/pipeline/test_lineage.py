@@ -109,14 +109,15 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     """Of every verb: figures are against it and training goes towards it, also where the first run is gone."""
     dense, data = next((runs / "models--a--b" / "snapshots").iterdir()), {"source": "python", "seqlen": 16}
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
-    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
-    again = fp.prune(copied, tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
+    again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
     assert again.evaluations[0].against == str(dense)
     assert fp.evaluate_run(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
     recovered = fp.recover(tmp_path / "again", tmp_path / "out", data=data, steps=1, evaluate=None)
     assert recovered.recovery is not None
     assert recovered.recovery.loss == "kl"
-    found = dense_of(PruneDirectory(tmp_path / "again"))
+    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
+    fp.prune(copied, tmp_path / "of a copy", **settings)
+    found = dense_of(PruneDirectory(tmp_path / "of a copy"))
     assert found is not None
     assert found.folder == dense
     changed = shutil.copytree(dense, tmp_path / "changed")
