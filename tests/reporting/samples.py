@@ -80,7 +80,7 @@ def report(layers: int = 12) -> Report:
     )
     damage = Divergence(0.71, 0.02, 0.62, 0.004, 0.608, 0.01)
     evaluations = [
-        Evaluation("run/model", "small", perplexity(46.53), perplexity(25.32), damage, tasks, 100.0, 90.0),
+        Evaluation("run/model", "small", perplexity(46.53), perplexity(25.32), damage, tasks, 100.0),
         Evaluation("run/model", "small", perplexity(17.4, "python"), perplexity(12.3, "python"), damage),
     ]
     weights = layers * sum(math.prod(shape) for _, shape, _, _ in OPERATORS)

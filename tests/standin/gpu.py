@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 import warnings
 import weakref
 from collections import Counter
@@ -113,22 +112,6 @@ class _Stream:
     def is_capturing(self) -> bool:
         """Return False: nothing is captured as a graph."""
         return False
-
-
-class _Event:
-    """A mark in a stream."""
-
-    def __init__(self, **_: Any) -> None:
-        self._time = 0.0
-
-    def record(self, stream: _Stream) -> None:
-        self._time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        StandIn.active.wait("event")
-
-    def elapsed_time(self, later: _Event) -> float:
-        return max(1e-3, 1000 * (later._time - self._time))
 
 
 class _Boundary(TorchFunctionMode):
@@ -276,7 +259,6 @@ class StandIn(TorchDispatchMode):
             "Generator": _Generator,
             "__future__.get_overwrite_module_params_on_conversion": lambda: True,
             "accelerator.current_stream": lambda device=None: _Stream(),  # optimizers of CUDA builds ask
-            "cuda.Event": _Event,
             "cuda._lazy_init": lambda: None,
             "cuda.current_device": lambda: self._current.index,
             "cuda.current_stream": lambda device=None: _Stream(),
@@ -305,7 +287,7 @@ class StandIn(TorchDispatchMode):
         """Note that the host waits for the device, perhaps for a copy of ``moved`` bytes."""
         key = what, _caller()
         self.waits[key] += 1
-        if self.warning and what != "event":  # PyTorch does not report these
+        if self.warning:
             warnings.warn("called a synchronizing operation (stand-in)", stacklevel=2)
         if moved:
             self.moved[key] += moved

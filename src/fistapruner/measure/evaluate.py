@@ -199,7 +199,6 @@ def _with_text(
     found: Evaluation, cut: Windows, models: list[LayerwiseModel], passes: Passes, kept: KeptStates | None
 ) -> Evaluation:
     """Add perplexity on windows to an evaluation; with a second model its own, and the divergence from it."""
-    start = time.perf_counter()
     sums = score_windows(models[0], cut.tokens, passes, models[1] if models[1:] else None, kept)
     about = partial(
         perplexity_of,
@@ -211,7 +210,7 @@ def _with_text(
         sha256=cut.sha256,
         dtype=dtype_name(models[0].dtype),
     )
-    found = replace(found, perplexity=about(sums.nll), forward_seconds=time.perf_counter() - start)
+    found = replace(found, perplexity=about(sums.nll))
     if sums.reference_nll is None:
         return found
     return replace(found, reference=about(sums.reference_nll), divergence=divergence_of(sums))

@@ -131,7 +131,7 @@ class Evaluation:
         perplexity: of ``model``; None when only tasks were asked for. ``reference``: that of ``against`` on the same
             tokens; ``divergence``: of ``model`` from ``against`` on them.
         tasks: zero-shot results.
-        seconds: wall time of the call; ``forward_seconds``: of the forward passes in it; ``device``: that ran it.
+        seconds: wall time of the call; ``device``: that ran it.
         low_rank: additional weights of the low-rank part that belongs to ``model`` and was added to it; None without
             one.
         warnings: what to know of the figures.
@@ -144,7 +144,6 @@ class Evaluation:
     divergence: Divergence | None = None
     tasks: tuple[TaskResult, ...] = field(default=())
     seconds: float = 0.0
-    forward_seconds: float = 0.0
     device: str = "cpu"
     low_rank: int | None = None
     warnings: tuple[str, ...] = ()
