@@ -53,6 +53,7 @@ from fistapruner.runs.records import LayerEntry, Report  # noqa: E402
 from fistapruner.runtime.files import write_json_atomic  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402
 from fistapruner.solvers import solve  # noqa: E402
+from fistapruner.solvers.proximal import Proximal  # noqa: E402
 
 SAMPLES = 128
 """Calibration windows of a whole run."""
@@ -252,7 +253,7 @@ def waits(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for steps in (3, 6):
         with counted_waits(device, found.setdefault(f"{steps} iterations", {})):
-            solve(problem, "50%", [{"proximal": {"steps": steps}}])
+            solve(problem, "50%", Proximal(steps=steps))
     return found
 
 

@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 
 LOSSES = {
-    "distillation": "--loss none --anchor 1",
+    "distillation": "--loss none --set anchor=1",
     "sft": "--loss sft",
-    "dpo-pruned": "--loss dpo --references pruned",
-    "dpo-dense": "--loss dpo --references dense",
+    "dpo-pruned": "--loss dpo --set references=pruned",
+    "dpo-dense": "--loss dpo --set references=dense",
     "multi-dpo": "--loss multi-dpo",
-    "harmonic": "--loss harmonic --clip 0.1",
-    "harmonic-not-clipped": "--loss harmonic --clip none",
-    "harmonic-per-pair": "--loss harmonic --weights per-pair",
-    "geometric": "--loss geometric --weights held-out",
+    "harmonic": "--loss harmonic --set clip=0.1",
+    "harmonic-not-clipped": "--loss harmonic --set clip=none",
+    "harmonic-per-pair": "--loss harmonic --set weights=per-pair",
+    "geometric": "--loss geometric --set weights=held-out",
 }
 
 

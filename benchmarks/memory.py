@@ -93,7 +93,7 @@ def depth(folder: Path, arguments: argparse.Namespace) -> None:
 def large(folder: Path, arguments: argparse.Namespace) -> None:
     """A checkpoint that does not fit the limit."""
     model = write_checkpoint(folder / "model", "7b", arguments.layers)
-    report, curve = prune(model, folder / "run", arguments, "--memory-limit", arguments.limit)
+    report, curve = prune(model, folder / "run", arguments, "--set", f"execution.memory_limit={arguments.limit}")
     print(
         f"7B shapes, {arguments.layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB, limit {arguments.limit}: "
         f"{describe(report)}"
@@ -103,7 +103,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
         f"{report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
     if arguments.plot:
-        from fistapruner.settings.loading import parse_bytes
+        from fistapruner.settings.parse import parse_bytes
 
         lines = {
             f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model),
@@ -253,10 +253,10 @@ def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> 
     command += [
         "--method",
         arguments.method,
-        "--propagate",
-        "dense",
-        "--dense-target",
-        arguments.dense_target,
+        "--set",
+        "propagate=dense",
+        "--set",
+        f"dense_target={arguments.dense_target}",
         "--evaluate",
         "none",
     ]

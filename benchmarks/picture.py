@@ -19,7 +19,7 @@ ROWS = {
     "SparseGPT": ("SparseGPT", "#6f6f6f", 0),
     "ALPS": ("ALPS", "#4f779f", 0),
     "`proximal`, the default": ("the default", "#c8741c", 4),
-    "`--quality best`": ("best", "#b0301c", -4),
+    "`--recipe best`": ("best", "#b0301c", -4),
 }
 """Of a row: its label, its colour, and how far the label stands above its point."""
 DENSE = 25.32

@@ -40,13 +40,24 @@ TRAINED = {pattern: f"proximal {pattern}" for pattern in PATTERNS}
 
 RUNS: dict[str, list[str]] = {
     **{f"{method} {p}": ["prune", "--method", method, "--sparsity", p] for p in PATTERNS for method in METHODS},
-    **{f"alps+swap {p}": ["prune", "--method", "alps+swap", "--sparsity", p, "--targets", "k_proj"] for p in PATTERNS},
+    **{
+        f"alps+swap {p}": ["prune", "--method", "alps+swap", "--sparsity", p, "--set", "targets=[k_proj]"]
+        for p in PATTERNS
+    },
     **{f"recipe {name} {p}": ["prune", "--recipe", name, "--sparsity", p] for p in PATTERNS for name in PRESETS},
     **{
-        f"structure {method}": ["prune", "--structure", "25%", "--structure-method", method]
+        f"structure {method}": ["prune", "--structure", "25%", "--set", f"structure.method={method}"]
         for method in ("obs", "energy", "flap", "magnitude", "goa")
     },
-    "structure bypass": ["prune", "--structure", "25%", "--structure-method", "bypass", "--structure-steps", "20"],
+    "structure bypass": [
+        "prune",
+        "--structure",
+        "25%",
+        "--set",
+        "structure.method=bypass",
+        "--set",
+        "structure.steps=20",
+    ],
     **{
         f"recover {form} {p}": ["recover", "--parameters", form, "--tokens", "16k"]
         for p in PATTERNS
@@ -100,7 +111,7 @@ def run(name: str, command: list[str], data: Path, runs: Path) -> dict[str, Any]
         size = ["--calibration", calibration, "--samples", "16", "--seqlen", "1024"]
         options = ["smollm2", *size, "--seed", "0", *options, *text]
     elif verb == "recover":
-        options = [str(pruned), "--data", calibration, "--seqlen", "512", "--seed", "0", *options, *text]
+        options = [str(pruned), "--data", calibration, "--set", "data.seqlen=512", "--seed", "0", *options, *text]
     else:
         options = [str(pruned), "--data", str(pairs_file(runs, Path(calibration))), "--seed", "0", *options, *text]
     begin = time.perf_counter()

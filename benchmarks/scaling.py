@@ -27,9 +27,9 @@ import psutil
 from fistapruner.runtime.machine import versions
 
 EXECUTORS = {
-    "serial": ["--executor", "serial"],
-    "process": ["--executor", "process", "--workers", "2"],
-    "ray": ["--executor", "ray", "--workers", "2"],
+    "serial": ["--set", "execution.executor=serial"],
+    "process": ["--set", "execution.executor=process", "--set", "execution.workers=2"],
+    "ray": ["--set", "execution.executor=ray", "--set", "execution.workers=2"],
 }
 
 
@@ -71,7 +71,7 @@ def main() -> None:
 def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one executor; its times, memory curve and bytes."""
     command = [sys.executable, "-m", "fistapruner", "prune", arguments.model, "--out", str(out)]
-    command += ["--method", arguments.method, "--propagate", "dense"]
+    command += ["--method", arguments.method, "--set", "propagate=dense"]
     command += [
         "--calibration",
         "python",
@@ -83,7 +83,7 @@ def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, An
         "none",
         "--quiet",
     ]
-    command += ["--threads", "1", "--device", "cpu", *EXECUTORS[name]]
+    command += ["--set", "execution.threads=1", "--device", "cpu", *EXECUTORS[name]]
     begin = time.time()
     memory: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:

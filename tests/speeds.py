@@ -10,7 +10,14 @@ from fistapruner.runtime.devices import peak_memory
 
 
 def in_this_process(
-    variants: Sequence[Variant], *, batch: int, prompt: int, tokens: int, runs: int, threads: int | None, **_: Any
+    variants: Sequence[Variant],
+    *,
+    prompt: int,
+    tokens: int,
+    runs: int,
+    batch: int = 1,
+    threads: int | None = None,
+    **_: Any,
 ) -> list[Speed]:
     """Measure what :func:`fistapruner.measure.speed.compare` does, one variant after the other."""
     found = []

@@ -41,7 +41,7 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 
 
 VERBS = {
-    "training": ("adapters", "alignment", "opened", "plan", "recovery", "result", "run", "settle"),
+    "training": ("adapters", "alignment", "plan", "recovery", "run", "settle"),
     "pruning": ("inputs", "result", "run", "settle", "write"),
     "measure": ("run",),
 }

@@ -123,7 +123,7 @@ def test_hidden_states_go_to_disk_before_batches_shrink(folder: Path) -> None:
     between = (peaks[0] + peaks[1]) // 2
     found = plan_of(folder, **asked, execution={"memory_limit": between})
     assert found.choice == there
-    assert found.says[0] == f"to fit --memory-limit {size(between)}: hidden states go to disk"
+    assert found.says[0] == f"to fit memory_limit {size(between)}: hidden states go to disk"
     process = {"executor": "process", "workers": 1, "memory_limit": 2**40}
     assert plan_of(folder, **asked, execution=process).choice.on_disk
 
@@ -141,14 +141,14 @@ def test_more_windows_need_disk_and_no_memory(folder: Path) -> None:
 
 def test_a_run_that_cannot_fit_is_refused_before_it_works(folder: Path, tmp_path: Path) -> None:
     settings = {**WANDA, "execution": {"memory_limit": "1MiB", "batch_size": 4}}
-    refusal = r"^--memory-limit 1\.00 MiB is not enough: .* needs .*iB, even with .* 4 windows at a time; give more"
+    refusal = r"^memory_limit 1\.00 MiB is not enough: .* needs .*iB, even with .* 4 windows at a time; give more"
     with pytest.raises(FistaPrunerError, match=refusal):
         plan_pruning(folder, Recipe.build(settings), tmp_path / "run")
     with pytest.raises(FistaPrunerError, match=refusal):
         prune(folder, tmp_path / "run", **settings)
     assert not (tmp_path / "run" / "run.json").exists()
     workers = {"executor": "process", "workers": 64, "threads": 1, "memory_limit": "1MiB"}
-    with pytest.raises(FistaPrunerError, match=r"in each of 4 processes \(fewer: --workers\)"):  # of three layers
+    with pytest.raises(FistaPrunerError, match=r"in each of 4 processes \(fewer: workers\)"):  # of three layers
         plan_of(folder, **{**WANDA, "execution": workers})
     many = {**WANDA, "calibration": {"source": "python", "samples": 2**31 - 1}}
     with pytest.raises(FistaPrunerError, match=r"is not enough: .* needs "):  # no tokens are made

@@ -20,8 +20,8 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import build_parser, main
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.settings.loading import shipped_recipes
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.parse import shipped_recipes
+from fistapruner.settings.prune import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -66,7 +66,7 @@ def small(arguments: list[str]) -> list[str]:
         ]
         out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
     if "--structure" in out:
-        out += ["--structure-multiple", "8"]
+        out += ["--set", "structure.multiple=8"]
     return out
 
 
@@ -115,7 +115,7 @@ def recovered(place: Path) -> None:
     """The pruned run and the recovery that the examples for other trainers name."""
     small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
     fp.prune("my-model", "runs/first", **small)
-    settings = {"parameters": "spp", "also": "none", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
+    settings = {"parameters": "spp", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
     fp.recover("runs/first", "runs/recovered", **settings)
 
 

@@ -16,23 +16,26 @@ from .packed import register_on_import
 if TYPE_CHECKING:
     from .comparison import compare
     from .core import NM, LayerProblem, Stacked, Unstructured, parse_sparsity
-    from .measure.evaluate import evaluate
-    from .measure.run import bench_run, evaluate_run
+    from .measure.run import bench, evaluate
     from .packed.export import export
     from .packed.linear import SparseLinear
     from .packed.load import load
     from .packed.pack import pack, unpack
     from .packed.semi_structured import to_semi_structured
     from .pruning.run import prune
+    from .reporting import Report
+    from .reporting.inspection import inspect
+    from .reporting.page import report
+    from .reporting.terminal import status
     from .resuming import resume
     from .runs.listener import Listener
-    from .runs.records import Report
     from .runs.results import Evaluation
-    from .settings.align_settings import AlignRecipe
-    from .settings.recover_settings import RecoverRecipe
-    from .settings.settings import Recipe
+    from .settings.align import AlignRecipe
+    from .settings.prune import Recipe
+    from .settings.train import RecoverRecipe
     from .solvers import solve
     from .solvers.base import Solution
+    from .solvers.catalogue import methods
     from .training.adapters import MergeReport, merge_adapter
     from .training.hold_mask import hold_mask
     from .training.run import align, recover
@@ -54,20 +57,23 @@ __all__ = [
     "Stacked",
     "Unstructured",
     "align",
-    "bench_run",
+    "bench",
     "compare",
     "evaluate",
-    "evaluate_run",
     "export",
     "hold_mask",
+    "inspect",
     "load",
     "merge_adapter",
+    "methods",
     "pack",
     "parse_sparsity",
     "prune",
     "recover",
+    "report",
     "resume",
     "solve",
+    "status",
     "to_semi_structured",
     "unpack",
 ]
@@ -75,23 +81,26 @@ __all__ = [
 _MODULES = {
     "comparison": ("compare",),
     "core": ("NM", "LayerProblem", "Stacked", "Unstructured", "parse_sparsity"),
-    "measure.evaluate": ("evaluate",),
+    "measure.run": ("bench", "evaluate"),
     "packed.export": ("export",),
-    "measure.run": ("bench_run", "evaluate_run"),
-    "pruning.run": ("prune",),
-    "resuming": ("resume",),
-    "settings.align_settings": ("AlignRecipe",),
-    "settings.recover_settings": ("RecoverRecipe",),
-    "settings.settings": ("Recipe",),
-    "runs.listener": ("Listener",),
-    "runs.records": ("Report",),
-    "runs.results": ("Evaluation",),
-    "solvers": ("solve",),
-    "solvers.base": ("Solution",),
     "packed.linear": ("SparseLinear",),
     "packed.load": ("load",),
     "packed.pack": ("pack", "unpack"),
     "packed.semi_structured": ("to_semi_structured",),
+    "pruning.run": ("prune",),
+    "reporting": ("Report",),
+    "reporting.inspection": ("inspect",),
+    "reporting.terminal": ("status",),
+    "reporting.page": ("report",),
+    "resuming": ("resume",),
+    "runs.listener": ("Listener",),
+    "runs.results": ("Evaluation",),
+    "settings.align": ("AlignRecipe",),
+    "settings.prune": ("Recipe",),
+    "settings.train": ("RecoverRecipe",),
+    "solvers": ("solve",),
+    "solvers.base": ("Solution",),
+    "solvers.catalogue": ("methods",),
     "training.adapters": ("MergeReport", "merge_adapter"),
     "training.hold_mask": ("hold_mask",),
     "training.run": ("align", "recover"),

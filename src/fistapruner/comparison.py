@@ -43,9 +43,8 @@ from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
-from .settings.assignments import read_assignments
-from .settings.loading import load_recipe_settings, merge_settings, shipped_recipes
-from .settings.settings import Recipe
+from .settings.parse import load_recipe_settings, merge_settings, read_assignments, shipped_recipes
+from .settings.prune import Recipe
 from .solvers import METHODS
 from .solvers.own import own_method
 from .text import calibration_length
@@ -77,7 +76,7 @@ def compare(
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: method chains, names of shipped recipes, or YAML recipe files, as a list or separated by commas. Each
-            may have settings of its own after an ``@``: ``wanda,alps@iterations=30,calibration.samples=64,best``. Of a
+            may have settings of its own after an ``@``: ``wanda,wanda@calibration.samples=64,best``. Of a
             recipe sparsity, calibration, seed and execution are left out: all rows use those of the comparison.
         sparsities: patterns, as a list or separated by commas: ``"50%,2:4"``.
         out: folder of the comparison. The same command goes on; rows that are there are not made again.
@@ -194,7 +193,7 @@ def _recipe(
     own: Mapping[str, Any], shared: Mapping[str, Any], sparsity: str, seed: int, label: str = "settings"
 ) -> Recipe:
     """Build the recipe of a row: its ``own`` settings over those that all rows share."""
-    said = merge_settings(dict(shared), {"seed": seed, "calibration": {"seed": seed}})
+    said = merge_settings(dict(shared), {"seed": seed})
     return Recipe.build(merge_settings(merge_settings(said, dict(own)), {"sparsity": sparsity}), label)
 
 
@@ -233,6 +232,11 @@ def _read_method(name: str, given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         inner = set(settings) & set(known.descriptions()) - set(Recipe.model_fields) if known else ()
         base = {"method": {name: {key: settings.pop(key) for key in sorted(inner)}} if inner else name}
     return label, merge_settings(base, settings)
+
+
+def _drawing(recipe: Recipe) -> str:
+    """Return the settings that decide the calibration windows, as text."""
+    return f"{recipe.calibration.model_dump_json()} {recipe.seed}"
 
 
 def _fingerprint(source: ModelSource, shared: Recipe, measured_on: tuple[str, str]) -> dict[str, Any]:
@@ -325,7 +329,7 @@ class _Rows:
         assert measured is not None
         comparison.model, comparison.machine, comparison.dense = report.model, report.machine, measured.reference
         if report.calibration is not None:
-            self.drawn[job.recipe.calibration.model_dump_json()] = (
+            self.drawn[_drawing(job.recipe)] = (
                 run.tokens(),
                 report.calibration.model_dump(mode="json"),
             )
@@ -344,7 +348,7 @@ class _Rows:
             recipe=recipe,
             listener=self.listener,
             command=self.command,
-            tokens=self.drawn.get(recipe.calibration.model_dump_json()),
+            tokens=self.drawn.get(_drawing(recipe)),
             source=self.source,
             **self.source.permissions.keywords(),
         )

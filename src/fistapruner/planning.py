@@ -47,7 +47,7 @@ from .runtime.devices import (
 from .runtime.files import existing_folder
 from .runtime.numerics import ordered_attention, windows_at_once
 from .runtime.show import align_columns, counted, duration, size
-from .settings.settings import Recipe
+from .settings.prune import Recipe
 from .solvers.base import Method
 from .solvers.low_rank import solve_low_rank
 from .structure.smaller import Widths
@@ -57,7 +57,7 @@ from .text.generate import generation_bytes
 from .training.reconstruct import passes
 
 RESERVE = 0.9
-"""Share of the free memory that a run without --memory-limit may use."""
+"""Share of the free memory that a run without memory_limit may use."""
 
 DEVICE_RESERVE = 2**29
 """Bytes of a GPU's free memory that each process leaves to CUDA's context, workspaces and fragments."""
@@ -443,7 +443,7 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
     else:
         choices = [asked, *(Choice(count, on_disk=True) for count in sizes)]
     nbytes = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
-    given = f"--memory-limit {size(nbytes)}" if execution.memory_limit else f"the {size(nbytes)} that are free"
+    given = f"memory_limit {size(nbytes)}" if execution.memory_limit else f"the {size(nbytes)} that are free"
     # Of each memory its name, bytes, the processes that share it (this one beside workers), and the stages of one.
     limits = [(given, nbytes, workers + bound.in_files, bound.host if bound.cuda else bound.stages)]
     if bound.cuda:
@@ -464,10 +464,10 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
     if chosen is None:
         given, sharing, stages = short(choices[-1])[0]
         needs = f"{_worst(stages)} needs {size(max(stages.values()))}"
-        each = f" in each of {sharing} processes (fewer: --workers)" if sharing > 1 else ""
+        each = f" in each of {sharing} processes (fewer: workers)" if sharing > 1 else ""
         raise FistaPrunerError(
             f"{given} is not enough: {needs}{each}, even with hidden states on disk and "
-            f"{counted(choices[-1].batch_size, 'window')} at a time; give more, lower --batch-size, shorten --seqlen, "
+            f"{counted(choices[-1].batch_size, 'window')} at a time; give more, lower batch_size, shorten --seqlen, "
             "or choose a lighter --method"
         )
     changed = ["hidden states go to disk"] if chosen.on_disk and not asked.on_disk else []

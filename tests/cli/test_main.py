@@ -22,7 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.run import plan_pruning
 from fistapruner.runs.lock import hold
 from fistapruner.settings.base import MAX_SEED
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.prune import Recipe
 
 PACKAGE = Path(fistapruner.__file__).parent
 
@@ -64,9 +64,9 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
 def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: int) -> None:
     """Messages are dropped; where results cannot be written, the exit status and one line say so."""
     program = (
-        "import sys\nfrom fistapruner.cli import main, methods\n"
+        "import sys\nfrom fistapruner.cli import look, main\n"
         "def run(_):\n    print('said', file=sys.stderr)\n    print('result')\n    return 0\n"
-        "methods.run = run\nsys.exit(main(['methods']))"
+        "look.methods = run\nsys.exit(main(['methods']))"
     )
     other = "stdout" if stream == "stderr" else "stderr"
     with open("/dev/full", "w") as full:
@@ -84,11 +84,11 @@ def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: 
 def test_memory_that_ran_out_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=error))
+    monkeypatch.setattr("fistapruner.cli.look.methods", Mock(side_effect=error, __doc__="Fail."))
     assert main(["methods"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fistapruner: main memory ran out: ")
-    monkeypatch.setattr("fistapruner.cli.methods.run", Mock(side_effect=RuntimeError("a defect")))
+    monkeypatch.setattr("fistapruner.cli.look.methods", Mock(side_effect=RuntimeError("a defect"), __doc__="Fail."))
     with pytest.raises(RuntimeError, match="a defect"):
         main(["methods"])
 
@@ -116,8 +116,8 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
     program = (
-        "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
-        f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
+        "import os, signal, sys\nfrom fistapruner.cli import look, main\n"
+        f"def run(_):\n    {work}\nlook.methods = run\nsys.exit(main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if elastic and name == "SIGHUP":
@@ -210,9 +210,12 @@ def test_commands_that_messages_advise_are_understood() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dense-target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2"]),
-        (["--dense-target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
-        (["--allocation", "unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
+        (
+            ["--set", "dense_target=2"],
+            ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2"],
+        ),
+        (["--set", "dense_target=dnese"], ["target", "dense, pruned, auto", "dnese"]),
+        (["--set", "allocation=unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
         (["--seed", str(2**64)], ["seed", f"from 0 to {MAX_SEED}", str(2**64)]),
         (["--seed", "-1"], ["seed", f"from 0 to {MAX_SEED}", "-1"]),
     ],
@@ -232,9 +235,9 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(FistaPrunerError, match="dense_target"):
         Recipe.build({"dense_target": True})
     model = tiny.save("llama", tmp_path / "model")
-    command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--allocation", "re:mlp: 60%"]
+    command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--set", "allocation=re:mlp: 60%"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert main([*command[:-2], "--reconstruct", "2", "--out", str(tmp_path / "matched")]) == 0
+    assert main([*command[:-2], "--set", "reconstruct=2", "--out", str(tmp_path / "matched")]) == 0
     recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     assert recipe["allocation"] == {"re:mlp": "60%"}
 
@@ -242,22 +245,24 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("prune x --out OUT --workers 4", "workers 4 has no effect with the executor serial: choose process or ray"),
-        ("prune x --out OUT --address foo", "address foo has no effect with the executor serial: choose ray"),
         (
-            "prune x --out run --plan --executor process --workers 4 --address foo",
-            "address foo has no effect with the executor process: choose ray",
+            "prune x --out OUT --set execution.workers=4",
+            "execution.workers 4 needs execution.executor process or ray, and that is serial",
         ),
-        ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
-        ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
-        ("evaluate x --tasks piqa --seqlen 1024", "seqlen 1024: for windows of text, and no text is measured: give"),
+        (
+            "prune x --out run --plan --set execution.executor=process --set execution.address=foo",
+            "execution.address foo needs execution.executor ray, and that is process",
+        ),
+        ("prune OUT/x --out OUT --set execution.executor=process --set execution.workers=4", "out/x' does not exist"),
+        ("evaluate x --limit 5", "limit 5 has no effect, because no task is given"),
+        ("evaluate x --tasks piqa --seqlen 1024", "seqlen 1024 has no effect, because no text to cut is"),
         ("prune x --out=", "out '' is empty: give the path of a folder"),
         ("status ", "RUN '' is empty: give the path of a folder"),
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
-        ("evaluate x --data=", "data '' is empty"),
+        ("evaluate x --data=", "data '' is neither a file nor a known data set"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
-        ("evaluate x --tasks-dir=", "tasks_dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
+        ("evaluate x --tasks-dir=", "has no file *.jsonl; its tasks are: none"),
         ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )
@@ -358,12 +363,11 @@ def test_a_fault_of_a_recipe_file_names_the_file(
     ("command", "said"),
     [
         ("prunee m", "invalid choice: 'prunee': did you mean prune?"),
-        ("prune m --out o --targ 4", "unrecognized arguments: --targ: did you mean --targets?"),
+        ("prune m --out o --sampels 4", "unrecognized arguments: --sampels: did you mean --samples?"),
         ("pack x --out y", "pack: error: unrecognized arguments: --out"),
         ("status x y", "status: error: unrecognized arguments: y"),
         ("prune m --output o", "unrecognized arguments: --output: did you mean --out?"),
         ("prune m", "the following arguments are required: --out"),
-        ("prune m --out {out} --quality bests", "invalid choice: 'bests': did you mean best?"),
         ("prune smollm --out {out}", "model 'smollm' does not exist: did you mean 'smollm2'?"),
         ("prune runs/absent --out {out}", "the folder runs has no 'absent' in it"),
     ],
@@ -398,7 +402,7 @@ def test_verbs_that_only_read_work_under_a_launcher(
 def test_the_home_folder_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shells leave the ~ of --like=~/file and NAME=~/text; in a recipe and a call nobody else would replace it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = Recipe.build({"calibration": {"source": None, "tasks": {"one": "~/one.txt"}}, "ignore": ["~"]})
+    recipe = Recipe.build({"calibration": {"source": {"one": "~/one.txt"}}, "ignore": ["~"]})
     assert recipe.calibration.tasks == {"one": str(tmp_path / "one.txt")}
     assert recipe.ignore == ("~",)
     for command in (
@@ -413,9 +417,9 @@ def seen(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the arguments that a verb gets."""
     found: dict[str, Any] = {}
     with monkeypatch.context() as patched:
-        patched.setattr(
-            f"fistapruner.cli.{command.split(maxsplit=1)[0]}.run", lambda given: found.update(vars(given)) or 0
-        )
+        verb = command.split(maxsplit=1)[0]
+        run = Mock(side_effect=lambda given: found.update(vars(given)) or 0, __doc__="Look.")
+        patched.setattr(f"fistapruner.cli.{VERBS[verb]}.{verb}", run)
         assert main(command.split()) == 0
     return found
 

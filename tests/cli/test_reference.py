@@ -2,136 +2,132 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import inspect
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import VERBS, build_parser
-from fistapruner.cli.arguments import SAME_FLAG, add_recipe_arguments, recipe_settings, settings
+from fistapruner.cli.arguments import FLAGS, recipe_settings, settings
 from fistapruner.cli.reference import reference
-from fistapruner.settings.align_settings import AlignRecipe
-from fistapruner.settings.base import Settings
-from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.settings.settings import Recipe
+from fistapruner.settings.align import AlignRecipe
+from fistapruner.settings.prune import Recipe
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.solvers import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
+RECIPES: dict[str, Any] = {"prune": Recipe, "recover": RecoverRecipe, "align": AlignRecipe}
 
 
-def read(*words: str) -> Recipe:
-    parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    return Recipe.build(recipe_settings(parser.parse_args(words)))
+def read(*words: str, verb: str = "prune") -> Any:
+    return RECIPES[verb].build(recipe_settings(build_parser().parse_args([verb, "model", "--out", "run", *words])))
+
+
+def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([verb, "--help"])
+    return capsys.readouterr().out
+
+
+def text_of(verb: str) -> str:
+    return inspect.getdoc(getattr(import_module(f"fistapruner.cli.{VERBS[verb]}"), verb)) or ""
 
 
 def test_the_reference_page_is_up_to_date() -> None:
     assert PAGE.read_text("utf-8") == reference(), "make reference"
 
 
-def test_every_setting_is_described() -> None:
-    said = {path: field.description for path, field in settings()}
+def test_every_setting_is_described_and_there_are_few() -> None:
+    said = {(path, field.description) for recipe in RECIPES.values() for path, field in settings(recipe)}
     for name, method in METHODS.items():
-        said |= {f"{name}.{key}": description for key, (_, description) in method.descriptions().items()}
-    assert [path for path, description in said.items() if not description] == []
+        said |= {(f"{name}.{key}", description) for key, (_, description) in method.descriptions().items()}
+    assert [path for path, description in said if not description] == []
+    assert len({path for path, _ in said}) <= 60
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "path", "expected"),
+    ("words", "path", "expected"),
     [
-        ("--dense-target", "0.5", "dense_target", 0.5),
-        ("--dense-target", "dense", "dense_target", 1.0),
-        ("--samples", "7", "calibration.samples", 7),
-        ("--calibration", "python", "calibration.source", "python"),
-        ("--calibration", "a=c4", "calibration.tasks", {"a": "c4"}),
-        ("--seed", "3", "seed", 3),
-        ("--seed", "3", "calibration.seed", 3),
-        ("--memory-limit", "8GiB", "execution.memory_limit", 8 << 30),
-        ("--targets", "q_proj", "targets", ("q_proj",)),
-        ("--allocation", "owl", "allocation", "owl"),
-        ("--reconstruct", "4", "reconstruct", 4),
+        ("--samples 7", "calibration.samples", 7),
+        ("--calibration python", "calibration.source", "python"),
+        ("--calibration a=c4", "calibration.source", {"a": "c4"}),
+        ("--seed 3", "seed", 3),
+        ("--seed 3", "calibration.seed", 3),
+        ("--sparsity 2:4", "sparsity.m", 4),
+        ("--structure 25%", "structure.remove.share", 0.25),
+        ("--set sparsity=2:4", "sparsity.m", 4),
+        ("--set dense_target=0.5", "dense_target", 0.5),
+        ("--set dense_target=dense", "dense_target", 1.0),
+        ("--set execution.memory_limit=8GiB", "execution.memory_limit", 8 << 30),
+        ("--set targets=[q_proj]", "targets", ("q_proj",)),
+        ("--set allocation=owl", "allocation", "owl"),
+        ("--set error_correction=no", "error_correction", False),
+        ("--set structure.remove.mlp=20% --set structure.remove.heads=1", "structure.remove.heads", 1),
+        ("--structure 25% --set structure.multiple=16", "structure.multiple", 16),
+        ("--recipe best --samples 9 --set calibration.samples=7", "calibration.samples", 7),
+        ("--recipe best", "reconstruct", 512),
+        ("--recipe fista --set method=[fista]", "calibration.source", "c4"),
     ],
 )
-def test_a_flag_sets_its_setting(flag: str, value: str, path: str, expected: object) -> None:
-    found: object = read(flag, value)
+def test_flags_and_set_stand_over_the_recipe(words: str, path: str, expected: object) -> None:
+    found: object = read(*words.split())
     for name in path.split("."):
         found = getattr(found, name)
     assert found == expected
 
 
-def test_every_setting_can_be_set_by_its_name() -> None:
-    """Over the recipe and the flags; a wrong name is answered with the nearest."""
-    words = ["--recipe", "best", "--samples", "9", "--set", "calibration.samples=7", "--set", "targets=[q_proj]"]
-    found = read(*words, "--set", "structure={remove: 25%, multiple: 16}", "--set", "method={alps: {iterations: 3}}")
-    assert (found.reconstruct, found.calibration.samples, found.targets) == (512, 7, ("q_proj",))
-    assert (found.structure.multiple, found.steps[0].iterations) == (16, 3)  # type: ignore[attr-defined]
-    for text, message in (
-        ("low_rnk=2", "unknown setting 'low_rnk': did you mean 'low_rank'"),
-        ("samples=2", "did you mean 'calibration.samples'"),
-        ("low_rank", "'low_rank' is not a setting such as"),
-        ("low_rank=[", "not valid YAML"),
-    ):
-        with pytest.raises(FistaPrunerError, match=message):
-            read("--set", text)
-
-
-def test_the_help_of_prune_fits_on_two_screens(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["prune", "--help"])
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^  --", said, re.MULTILINE)) <= 20
-    assert said.count("\n") <= 70
-
-
-@pytest.mark.parametrize("recipe", [Recipe, RecoverRecipe, AlignRecipe])
-def test_the_help_of_seed_names_both_seeds_that_it_sets(recipe: type[Settings]) -> None:
-    served = [path for path, flag in SAME_FLAG.items() if flag == "seed"]
-    assert any(path in served for path, _ in settings(recipe))
-    assert "; as a flag also that of the " in str(recipe.model_fields["seed"].description)
-
-
-def test_a_default_that_the_help_shows_is_one_that_its_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["recover", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    shown = re.search(r"Rank of lora[^()]*\(default: ([^)]*)\)", said)
-    assert shown is not None
-    words = ["recover", "x", "--out", "y", "--rank", shown[1]]
-    assert RecoverRecipe.build(recipe_settings(build_parser().parse_args(words), RecoverRecipe)) == RecoverRecipe()
-    assert "(default: (" not in said
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--set low_rnk=2", "unknown setting 'low_rnk': did you mean 'low_rank'"),
+        ("--set samples=2", "did you mean 'calibration.samples'"),
+        ("--set low_rank", "'low_rank' is not a setting such as"),
+        ("--set low_rank=[", "not valid YAML"),
+        ("--calibration a.jsonl --calibration b.jsonl", "--calibration a.jsonl --calibration b.jsonl: several texts "),
+        ("--calibration sql=a.jsonl --calibration c4", "several texts need a name each"),
+        ("--calibration sql=a.jsonl --calibration sql=c4", "several texts need a name each"),
+    ],
+)
+def test_what_is_no_setting_is_named(words: str, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        read(*words.split())
 
 
 def test_no_flags_leave_the_recipe_as_it_is() -> None:
-    assert read() == Recipe()
-    assert read("--recipe", "fast", "--samples", "9") == read("--quality", "fast", "--samples", "9")
-    assert read("--no-error-correction").error_correction is False
-    assert {str(s) for s in read("--allocation", "{re:mlp: 60%, re:attn: 2:4}").allocation.values()} == {"60%", "2:4"}  # type: ignore[union-attr]
-
-
-def test_several_calibration_texts_have_names() -> None:
-    calibration = read("--calibration", "sql=a.jsonl", "--calibration", "chat=c4").calibration
-    assert calibration.sources == {"sql": "a.jsonl", "chat": "c4"}
+    for verb, kind in RECIPES.items():
+        assert read(verb=verb) == kind()
     assert read("--calibration", "/data/key=value.txt").calibration.source == "/data/key=value.txt"
-    for words, message in (
-        (("a.jsonl", "b.jsonl"), "--calibration a.jsonl --calibration b.jsonl: several texts need a name each"),
-        (("sql=a.jsonl", "c4"), "several texts need a name each"),
-        (("sql=a.jsonl", "sql=c4"), "one name stands twice"),
-    ):
-        with pytest.raises(FistaPrunerError, match=message):
-            read(*(word for text in words for word in ("--calibration", text)))
+    named = read("--set", "allocation={re:mlp: 60%, re:attn: 2:4}").allocation
+    assert {name: str(sparsity) for name, sparsity in named.items()} == {"re:mlp": "60%", "re:attn": "2:4"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_shows_all_its_flags_and_prune_at_most_twenty_with_a_line_each(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No flag is hidden: what the help does not show is for ``--set``."""
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = re.findall(r"^  (--[a-z-]+).*(\n {20,}\S.*)?$", help_of(verb, capsys), re.MULTILINE)
+    if verb in RECIPES:
+        assert len(shown) <= 20 + (verb != "prune")
+        assert [flag for flag, more in shown if more] == []
+    verbs = next(action for action in build_parser()._actions if action.choices)
+    known = set(verbs.choices[verb]._option_string_actions)  # type: ignore[index,call-overload]
+    assert known == {"-h", "--help", *(flag for flag, _ in shown)}
+
+
+def test_flags_are_of_settings_that_are_there() -> None:
+    assert set(FLAGS) <= {path for recipe in RECIPES.values() for path, _ in settings(recipe)}
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "align"])
 def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
     """A second example with the same run and other settings would be refused."""
-    text = importlib.import_module(f"fistapruner.cli.{verb}").__doc__ or ""
-    runs = re.findall(rf"^  fistapruner {verb} .*--out (\S+)", text, re.MULTILINE)
+    runs = re.findall(rf"^  fistapruner {verb} .*--out (\S+)", text_of(verb), re.MULTILINE)
     assert runs
     assert len(set(runs)) == len(runs)
 
@@ -140,23 +136,17 @@ def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
 def test_the_help_of_a_verb_fits_the_terminal(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for its examples, which can be copied as they are, and words that are longer."""
+    """But for its examples, which can be copied as they are and are understood, and words that are longer."""
     monkeypatch.setenv("COLUMNS", str(columns))
     for verb in VERBS:
-        with pytest.raises(SystemExit):
-            build_parser().parse_args([verb, "--help"])
-        said = capsys.readouterr().out.partition("positional arguments:")[0]
+        said = help_of(verb, capsys).partition("positional arguments:")[0]
         description = said[said.index("\n\n") :].splitlines()
         prose = [line for line in description if not line.startswith("  ") and " " in line.strip()]
         assert prose
         assert max(map(len, prose)) <= columns
-        source = str(importlib.import_module(f"fistapruner.cli.{verb}").__doc__).splitlines()
-        examples = [[line for line in lines if line.startswith("  ")] for lines in (source, description)]
+        examples = [
+            [line for line in lines if line.startswith("  ")] for lines in (text_of(verb).splitlines(), description)
+        ]
         assert examples[0] == examples[1]
-
-
-def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("prune", "compare", "evaluate", "methods"):
-        with pytest.raises(SystemExit):
-            build_parser().parse_args([verb, "--help"])
-    assert "(default: 50%)" in capsys.readouterr().out
+        for line in examples[0]:
+            build_parser().parse_args(line.split()[1:])

@@ -21,14 +21,14 @@ import pytest
 import tiny
 from fistapruner.runs.steps import read_steps
 
-SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
+SETTINGS = ["--method", "sparsegpt", "--set", "dense_target=0.5", "--set", "residual=correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
-ALIGNMENT = ["--steps", "6", "--pairs-per-step", "2", "--rank", "4", "--evaluate", "none"]
-ALIGNMENT += ["--lr", "1e-3", "--loss", "harmonic", "--anchor", "0.1"]
+ALIGNMENT = ["--steps", "6", "--set", "pairs_per_step=2", "--set", "rank=4", "--evaluate", "none"]
+ALIGNMENT += ["--lr", "1e-3", "--loss", "harmonic", "--set", "anchor=0.1"]
 
-RECOVERY = ["--steps", "6", "--windows-per-step", "2", "--seqlen", "16", "--tokens", "200", "--held-out", "0.1"]
-RECOVERY += ["--rank", "4", "--evaluate", "none"]
+RECOVERY = ["--steps", "6", "--tokens", "200", "--evaluate", "none", "--set", "windows_per_step=2"]
+RECOVERY += ["--set", "data.seqlen=16", "--set", "data.held_out=0.1", "--set", "rank=4"]
 
 
 @dataclass
@@ -215,7 +215,7 @@ def alignments(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:
     """Recoveries of the pruned model; the first is made."""
-    begin = ("recover", str(runs.undisturbed), "--optimizer", optimizer, *RECOVERY)
+    begin = ("recover", str(runs.undisturbed), "--set", f"optimizer={optimizer}", *RECOVERY)
     made = Runs(runs.process, begin, folder / "undisturbed")
     made.measure()
     return made

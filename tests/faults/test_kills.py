@@ -38,7 +38,7 @@ def test_full_disk(runs: Runs, disk: Path, every: int) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [("--structure", "mlp=25%,heads=1", "--structure-multiple", "4"), ("--low-rank", "2")],
+    [("--structure", "mlp=25%,heads=1", "--set", "structure.multiple=4"), ("--set", "low_rank=2")],
     ids=["structure", "low rank"],
 )
 @pytest.mark.parametrize("every", [120, pytest.param(20, marks=slow)])

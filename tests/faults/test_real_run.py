@@ -20,8 +20,8 @@ SETTINGS = [
     "64",
     "--method",
     "wanda",
-    "--threads",
-    "1",
+    "--set",
+    "execution.threads=1",
     "--evaluate",
     "none",
 ]

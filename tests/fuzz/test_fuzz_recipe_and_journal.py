@@ -19,7 +19,7 @@ from fistapruner import FistaPrunerError, Recipe
 from fistapruner.runs.directory import LayerJournal
 from fistapruner.runs.records import LayerEntry
 from fistapruner.runs.store import Snapshots
-from fistapruner.settings.loading import shipped_recipes
+from fistapruner.settings.parse import shipped_recipes
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]

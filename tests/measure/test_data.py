@@ -132,6 +132,8 @@ def test_python_text_is_held_out_from_calibration() -> None:
     ("arguments", "message"),
     [
         ({"data": "nothing-here"}, "neither a file nor a known data set"),
+        ({"seqlen": 1}, "seqlen 1 is out of range"),
+        ({"windows": 0}, "windows 0 is out of range"),
         ({"bos": "window"}, "bos 'window' cannot be done: this tokenizer has no BOS token"),
         ({"seqlen": 10_000_000}, "do not fill one window"),
     ],
@@ -180,10 +182,10 @@ def test_token_count_of_the_joined_wikitext_test_split() -> None:
         assert len(load_tokenizer(Path(gpt2))(text, verbose=False)["input_ids"]) == 287_644
 
 
-@pytest.mark.parametrize("verb", [fp.evaluate, fp.evaluate_run, fp.prune, fp.recover])
+@pytest.mark.parametrize("verb", [fp.evaluate, fp.prune, fp.recover])
 def test_a_file_that_is_no_text_is_refused_before_the_model_is_looked_for(verb: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    given = {"data": file} if verb in (fp.evaluate, fp.evaluate_run) else {"out": tmp_path / "out", "evaluate": file}
+    given = {"data": file} if verb is fp.evaluate else {"out": tmp_path / "out", "evaluate": file}
     with pytest.raises(FistaPrunerError, match=r"model\.gguf' is none of \.txt, "):
         verb(tmp_path / "no model", **given)

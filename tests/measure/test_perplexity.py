@@ -177,7 +177,7 @@ def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path
 
 def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match="limit 5 has no effect"):
-        fp.evaluate_run(tmp_path / "no run", "python", limit=5)
+        fp.evaluate(tmp_path / "no run", "python", limit=5)
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
         model.lm_head.weight[0, 0] = math.nan
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try --dtype float32")):
+    for dtype, advice in (("float32", "'fistapruner inspect .*model' names NaN"), ("bfloat16", "try dtype float32")):
         with pytest.raises(fp.FistaPrunerError, match=rf"gives NaN \(dtype torch.{dtype}\); {advice}"):
             evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 

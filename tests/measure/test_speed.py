@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
+from fistapruner.measure import QUANTISE_FIRST
 from fistapruner.measure.speed import (
     Run,
     Speed,
@@ -26,7 +27,6 @@ from fistapruner.measure.speed import (
     time_generation,
     weight_bytes,
 )
-from fistapruner.reporting.measured import QUANTISE_FIRST
 from packed.pruned import pickle_weights, save_pruned
 from speeds import in_this_process
 from tiny import build

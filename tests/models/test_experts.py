@@ -151,7 +151,7 @@ def test_a_router_that_is_a_small_mlp_is_left_as_it_is(tmp_path: Path, inner: in
     mlp.gate = nn.Sequential(nn.Linear(32, inner), nn.ReLU(), nn.Linear(inner, 4))
     names = {name for name, _ in linear_modules(layer)}
     assert "mlp.gate.2" not in names
-    assert "mlp.gate.2.bias" not in vectors(layer, ("norms", "biases"))
+    assert "mlp.gate.2.bias" not in vectors(layer)
     assert "mlp.shared_expert.down_proj" in names
 
 
@@ -160,7 +160,7 @@ def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> N
     model = opened(tiny.save("gemma4", tmp_path, intermediate_size=4))
     names = {operator.name for group in discover(model).layers[1] for operator in group}
     assert {"mlp.gate_proj", "self_attn.q_proj", "experts.3.gate_up_proj"} <= names
-    trained = vectors(model.layers[1], ("norms", "biases"))
+    trained = vectors(model.layers[1])
     assert "input_layernorm.weight" in trained
     assert not [name for name in names | trained if "router" in name]
 

@@ -74,7 +74,7 @@ def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
         (lambda model, out: fp.evaluate("m", ["a"]), "data is of the class list"),
         (lambda model, out: fp.evaluate("m", "python", against=model), "against is of the class Llama"),
         (lambda model, out: fp.evaluate("m", "it was the best of times " * 300), "data has 7500 characters"),
-        (lambda model, out: fp.evaluate_run(model, "python"), "folder is of the class Llama"),
+        (lambda model, out: fp.evaluate(model, "python"), "folder is of the class Llama"),
         (lambda model, out: fp.resume(None), "out is None"),
         (fp.export, "model is of the class Llama"),
         (fp.pack, "checkpoint is of the class Llama"),

@@ -23,8 +23,8 @@ from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.listener import Listener
-from fistapruner.settings.settings import Recipe
-from fistapruner.settings.structure_settings import Structure
+from fistapruner.settings.prune import Recipe
+from fistapruner.settings.structure import Structure
 from fistapruner.structure.units import find_units
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}

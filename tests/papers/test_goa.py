@@ -30,7 +30,7 @@ from fistapruner.papers.goa import (
 )
 from fistapruner.passes.store import HiddenStates
 from fistapruner.runs.directory import PruneDirectory
-from fistapruner.settings.structure_settings import Structure
+from fistapruner.settings.structure import Structure
 from fistapruner.structure.refit import ChannelStatistics, remove_channels
 from fistapruner.structure.trial import plan_widths
 

@@ -15,8 +15,7 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.papers.mezo import EPS, Draw, ForwardOnly, standard_normal
 from fistapruner.papers.subzero import RANK, REFRESH, subspace_normal
 from fistapruner.text.training import TrainingText
-from fistapruner.training.loss import TokenLoss
-from fistapruner.training.objective import Objective
+from fistapruner.training.loss import Objective, TokenLoss
 
 DRAWS = {"mezo": standard_normal, "subzero": subspace_normal}
 

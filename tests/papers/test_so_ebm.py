@@ -171,7 +171,7 @@ def history(count: int = 60, **changes: Any) -> list[dict[str, Any]]:
 
 def recipe(folder: Path, said: Any, tasks: dict[str, str] = TASKS, **settings: Any) -> Recipe:
     (folder / "workload.yaml").write_text(said if isinstance(said, str) else json.dumps(said))
-    calibration = {"tasks": tasks, "samples": 8, "seqlen": 16}
+    calibration = {"source": tasks or "self", "samples": 8, "seqlen": 16}
     return Recipe.build({"allocation": f"workload:{folder}/workload.yaml", "calibration": calibration, **settings})
 
 

@@ -62,7 +62,7 @@ def test_quality_stands_beside_size_and_speed(made: Path, run: Path) -> None:
     """Forms of the run's own weights have its figures; int8 values and files are evaluated on the same windows."""
     listener, blob = tiny.Said(), run.parent / "dense-Q8"
     shutil.copy(made / "dense-Q8.gguf", blob)  # what a file is called says nothing
-    found = fp.bench_run(run, gguf=[blob], measure=timed, listener=listener)
+    found = fp.bench(run, gguf=[blob], measure=timed, listener=listener)
     by_name = {speed.variant: speed for speed in found}
     (own,) = load_run(run).evaluations
     assert own.perplexity is not None
@@ -89,7 +89,7 @@ def test_quality_stands_beside_size_and_speed(made: Path, run: Path) -> None:
     assert [line for line in listener.sentences if line.startswith("evaluating")] == [
         f"evaluating {name} on text.txt" for name in FORMS
     ]
-    assert fp.bench_run(run, measure=timed)[-1].kl == by_name["packed int8"].kl  # without files, too
+    assert fp.bench(run, measure=timed)[-1].kl == by_name["packed int8"].kl  # without files, too
 
 
 def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path) -> None:
@@ -99,7 +99,7 @@ def test_speeds_are_kept_before_quality_is_measured(made: Path, run: Path) -> No
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fp.bench_run(run, gguf=[made / "dense-Q8.gguf"], measure=timed, listener=Stops())
+        fp.bench(run, gguf=[made / "dense-Q8.gguf"], measure=timed, listener=Stops())
     report = load_run(run)
     assert report.speed is not None
     assert [row["tokens_per_second"] for row in report.speed["speeds"]] == [10.0] * len(report.speed["speeds"])
@@ -120,7 +120,7 @@ def test_what_cannot_be_evaluated_is_said_and_its_speed_kept(made: Path, run: Pa
     ):
         change()
         listener = tiny.Said()
-        found = fp.bench_run(run, gguf=[tmp_path / "other.gguf"], measure=timed, listener=listener)
+        found = fp.bench(run, gguf=[tmp_path / "other.gguf"], measure=timed, listener=listener)
         assert (found[-1].tokens_per_second, found[-1].kl) == (10.0, None)
         assert any(line.startswith(said) for line in listener.sentences), listener.sentences
     (tmp_path / "gone.txt").rename(made / "text.txt")

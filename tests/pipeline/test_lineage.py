@@ -83,7 +83,7 @@ def test_a_card_without_a_licence_names_none(card: str, tmp_path: Path) -> None:
 def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "twice", tmp_path / "run"))
     assert stored(run)["stages"][-1]["figures"]["perplexity"] is None
-    found = fp.evaluate_run(run, "python", seqlen=16, windows=2)
+    found = fp.evaluate(run, "python", seqlen=16, windows=2)
     assert found.perplexity is not None
     first, last = stored(run)["stages"]
     assert last["figures"]["perplexity"]["perplexity"] == found.perplexity.perplexity
@@ -109,7 +109,7 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
     again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
     assert again.evaluations[0].against == str(dense)
-    assert fp.evaluate_run(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
+    assert fp.evaluate(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
     recovered = fp.recover(tmp_path / "again", tmp_path / "out", data=data, steps=1, evaluate=None)
     assert recovered.recovery is not None
     assert recovered.recovery.loss == "kl"

@@ -336,7 +336,7 @@ def test_bench_counts_the_bytes_of_both_parts(tmp_path: Path) -> None:
         sizes = {one.variant: one.file_size for one in bench(folder, measure=counted)}
         assert list(sizes) == ["dense float32", "dense bfloat16", "packed", "packed int8"]
         assert sizes["packed"] == (packed / "model.safetensors").stat().st_size + adapter
-    fp.bench_run(run, measure=counted)
+    fp.bench(run, measure=counted)
     assert load_run(run).totals.compressed_bytes == sizes["packed"]
     assert factors is not None
     assert report.low_rank == factors.nbytes

@@ -64,8 +64,8 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     assert figure in (run / "model" / "README.md").read_text()
     if (run / "report.html").exists():  # the extra 'report' may not be installed
         assert figure in (run / "report.html").read_text()
-    fp.evaluate_run(run, text, seqlen=16, windows=2)
-    fp.evaluate_run(run, text, seqlen=16)
+    fp.evaluate(run, text, seqlen=16, windows=2)
+    fp.evaluate(run, text, seqlen=16)
     report = load_run(run)
     windows = [evaluation.perplexity.windows for evaluation in report.evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
@@ -99,7 +99,7 @@ def test_text_that_was_seen_before_is_told(made: Path, tmp_path: Path) -> None:
     calibration = {"source": str(text), "samples": 2, "seqlen": 16}
     fp.prune(dense, tmp_path / "later", calibration=calibration, method="magnitude")
     for data, warnings in ((other, 0), (text, 1)):
-        fp.evaluate_run(tmp_path / "later", str(data), seqlen=16, windows=2)
+        fp.evaluate(tmp_path / "later", str(data), seqlen=16, windows=2)
         assert len(load_run(tmp_path / "later").warnings) == warnings
     out = tmp_path / "compared"
     found = fp.compare(dense, "magnitude", ["50%"], out, settings={"calibration": calibration}, data=text, windows=2)
@@ -130,7 +130,7 @@ def test_text_of_calibration_and_training_is_told_of_a_recovery(
 def evaluated(run: Path, text: str | None = None, **asked: Any) -> list[str]:
     """Evaluate a run; what was said to be evaluated."""
     said = tiny.Said()
-    fp.evaluate_run(run, text, listener=said, **asked)
+    fp.evaluate(run, text, listener=said, **asked)
     return [line for line in said.sentences if line.startswith("evaluating")]
 
 
@@ -146,15 +146,15 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
         assert (found.perplexity, found.reference) == (alone.perplexity, alone.reference)
     assert after.perplexity != before.perplexity
     assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())  # type: ignore
-    known = fp.evaluate_run(run, text, seqlen=20, windows=4)
+    known = fp.evaluate(run, text, seqlen=20, windows=4)
     assert not any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=4))
     assert load_run(recovered).recovery.before == [before, known]  # type: ignore[union-attr]
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=2))
     assert len(load_run(recovered).recovery.before) == 3  # type: ignore[union-attr]
     # The input's run was measured against another model, or was made again since, with another result.
-    fp.evaluate_run(run, text, seqlen=16, windows=5, against=run / "model")
+    fp.evaluate(run, text, seqlen=16, windows=5, against=run / "model")
     content = json.loads((run / "report.json").read_text())
-    fp.evaluate_run(run, text, seqlen=16, windows=6)
+    fp.evaluate(run, text, seqlen=16, windows=6)
     (run / "report.json").write_text(json.dumps({**content, "fingerprint": "another"}))
     for windows in (5, 6):
         assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=windows))
@@ -170,10 +170,10 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
     monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (scores[folder],))
     for target in (run, recovered):
-        fp.evaluate_run(target, tasks="piqa")
+        fp.evaluate(target, tasks="piqa")
     assert "| 50.0 ± 10.0 | 60.0 ± 10.0 |" in (recovered / "model" / "README.md").read_text()
     scores[recovered / "model"] = replace(TASKS[0], items=20)
-    fp.evaluate_run(recovered, tasks="piqa")
+    fp.evaluate(recovered, tasks="piqa")
     report = load_run(recovered)
     assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]  # type: ignore[union-attr]
     assert quality_facts(report)[-1].before == ""
@@ -184,15 +184,15 @@ def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, 
     """The dense model is known by its files, wherever they are."""
     text, folder = str(made / "text.txt"), Path(shutil.copytree(made / name, tmp_path / name))
     again = Path(shutil.copytree(made / "dense", tmp_path / "again"))
-    own = fp.evaluate_run(folder, text, seqlen=16, windows=3)
+    own = fp.evaluate(folder, text, seqlen=16, windows=3)
     kept, said = load_run(folder), tiny.Said()
     assert own in kept.evaluations
-    found = fp.evaluate_run(folder, text, seqlen=16, windows=3, against=made / "run" / "model", listener=said)
+    found = fp.evaluate(folder, text, seqlen=16, windows=3, against=made / "run" / "model", listener=said)
     assert found.reference is not None
     assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
     assert load_run(folder) == kept
     assert any("is not the dense model of this run" in line for line in said.sentences)
-    assert fp.evaluate_run(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
+    assert fp.evaluate(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 
 def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(
@@ -208,8 +208,8 @@ def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(
     assert main([*command, "--against", str(same)]) == 0
     tiny.save("llama", dense, dtype=torch.bfloat16, num_hidden_layers=2, seed=5)
     with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name the .* with --against"):
-        fp.evaluate_run(run, text, seqlen=16, windows=2)
-    assert fp.evaluate_run(run, text, seqlen=16, windows=2, against=same).reference is not None
+        fp.evaluate(run, text, seqlen=16, windows=2)
+    assert fp.evaluate(run, text, seqlen=16, windows=2, against=same).reference is not None
 
 
 class Stopping(Listener):
@@ -222,7 +222,7 @@ class Stopping(Listener):
 
 def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(tmp_path: Path) -> None:
     folder, text = make(tmp_path), str(tmp_path / "text.txt")
-    fp.evaluate_run(folder / "recovered", text, seqlen=16, windows=2)
+    fp.evaluate(folder / "recovered", text, seqlen=16, windows=2)
     before = load_run(folder / "recovered").recovery.before  # type: ignore[union-attr]
     assert len(before) == 1
     shutil.rmtree(folder / "recovered" / "model")
@@ -272,7 +272,7 @@ def test_a_perplexity_outlives_tasks_that_fail(
 def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
-    found = fp.bench_run(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    found = fp.bench(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
     printed = json.loads(json.dumps(record(found)))
     report = load_run(run)
     assert report.speed is not None

@@ -22,7 +22,7 @@ from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
 from fistapruner.resuming import resume
 from fistapruner.runs.listener import Listener
-from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.execution import Execution
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -50,7 +50,8 @@ def expected(model: Path) -> dict[str, bytes]:
 def prune_command(model: Path, out: Path) -> list[str]:
     """A run with the same settings in a process of its own."""
     settings = (
-        "--method sparsegpt --residual correct --calibration python --samples 6 --seqlen 24 --threads 1 --evaluate none"
+        "--method sparsegpt --set residual=correct --calibration python --samples 6 --seqlen 24 "
+        "--set execution.threads=1 --evaluate none"
     )
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
@@ -58,7 +59,7 @@ def prune_command(model: Path, out: Path) -> list[str]:
 def test_workers_end_with_the_run(model: Path, tmp_path: Path) -> None:
     """Also where it is killed and can end nothing."""
     command = prune_command(model, tmp_path / "run")
-    command += ["--executor", "process", "--workers", "2", "--propagate", "dense"]
+    command += ["--set", "execution.executor=process", "--set", "execution.workers=2", "--set", "propagate=dense"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         children: list[psutil.Process] = []
         while len(children) < 2:
@@ -138,7 +139,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, tmp_path: Path
     context = begun(model, tmp_path / "run", layers=4)
     pool = Deadly(context, Execution(executor="process", device="cpu", workers=1), 1, deaths={4: 3})
     try:
-        with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer --workers"):
+        with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer workers"):
             prune_in_parallel(context, {4}, pool, Listener())
     finally:
         pool.close()
@@ -199,7 +200,7 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
 
     def cut_short(out: Path, workers: int, *names: str) -> int:
         """Kill the first process of each of these names when a layer is done; the exit status of the run."""
-        ray = ("--executor", "ray", "--workers", str(workers))
+        ray = ("--set", "execution.executor=ray", "--set", f"execution.workers={workers!s}")
         with subprocess.Popen([*prune_command(model, out), *ray]) as process:
             victims: dict[str, psutil.Process] = {}  # found before: a search takes as long as several layers
             while len(victims) < len(names) or not list((out / "layers").glob("*.json")):

@@ -92,7 +92,7 @@ def report(layers: int = 12) -> Report:
             "command": "fistapruner prune small --out runs/first --sparsity 50%",
             "started": "2026-01-01T10:00:00+00:00",
             "finished": "2026-01-01T10:08:00+00:00",
-            "recipe": {"sparsity": "50%", "method": [{"sparsegpt": {}}, {"fista": {"iterations": 20}}], "seed": 0},
+            "recipe": {"sparsity": "50%", "method": [{"sparsegpt": {}}, {"fista": {"penalty": "relative"}}], "seed": 0},
             "fingerprint": "0123456789abcdef",
             "versions": {"fistapruner": "0.1.0", "torch": "2.8.0"},
             "machine": {
@@ -180,7 +180,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
         "optimizer": "adamw",
         "loss": "kl",
         "windows_per_step": 4,
-        "data": {"source": None, "tasks": texts} if tasks else {"source": "/home/someone/c4.jsonl", "tasks": {}},
+        "data": {"source": texts if tasks else "/home/someone/c4.jsonl"},
         "seed": 0,
     }
     figures = {"tokens": 245_520, "operator_weights": 1000, "operator_zeros": 500, "perplexity": vars(after)}

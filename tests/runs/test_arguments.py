@@ -24,7 +24,7 @@ from fistapruner.errors import MissingExtraError
         (lambda: fp.evaluate("m", tasks=3), "tasks: Input should be a valid list"),
         (lambda: fp.evaluate("m", tasks=["a", 3]), r"tasks\.1: Input should be a valid string \(got 3\)"),
         (lambda: fp.evaluate("m", "python", dtype=["bf16"]), "dtype: Input should be 'auto', "),
-        (lambda: fp.evaluate_run("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
+        (lambda: fp.evaluate("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
         (lambda: fp.evaluate("m", "python", windows=True), r"windows: Input should be a valid integer \(got True\)"),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size: Input should be a valid integer"),
         (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),

@@ -19,7 +19,7 @@ from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import Variant
 from fistapruner.pruning.workers import default_threads
 from fistapruner.runtime import devices
-from fistapruner.settings.execution_settings import Execution
+from fistapruner.settings.execution import Execution
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 

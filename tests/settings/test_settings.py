@@ -16,11 +16,8 @@ from pydantic import ValidationError
 
 import tiny
 from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, prune, recover, solve
-from fistapruner.cli import build_parser, main
-from fistapruner.cli.arguments import recipe_settings
 from fistapruner.core import NM
-from fistapruner.settings.calibration_settings import Calibration
-from fistapruner.settings.loading import (
+from fistapruner.settings.parse import (
     load_recipe_settings,
     merge_settings,
     parse_bytes,
@@ -28,8 +25,10 @@ from fistapruner.settings.loading import (
     parse_value,
     parse_yaml,
 )
-from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.settings.structure_settings import Remove
+from fistapruner.settings.prune import Calibration
+from fistapruner.settings.structure import Remove
+from fistapruner.settings.train import RecoverRecipe
+from fistapruner.solvers.alps import ALPS
 from fistapruner.solvers.fista import Fista
 from fistapruner.solvers.scores import Magnitude
 
@@ -63,6 +62,13 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
+def test_arguments_of_a_solver_that_a_recipe_does_not_keep_are_refused() -> None:
+    with pytest.raises(FistaPrunerError, match=r"ALPS\(.*iterations=3.* has arguments that a recipe does not keep"):
+        Recipe.build({"method": ALPS(iterations=3)})
+    with pytest.raises(FistaPrunerError, match="method alps: unknown setting 'iterations': it has none"):
+        Recipe.build({"method": {"alps": {"iterations": 3}}})
+
+
 def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None:
     class Mine(Magnitude):
         name = "mine"
@@ -81,29 +87,58 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
 
 def test_a_residual_correction_without_effect_is_refused() -> None:
     alps = Recipe.build({"method": "alps", "residual": "correct"})
-    with pytest.raises(FistaPrunerError, match="residual correct has no effect with method alps, whose dense_target"):
+    with pytest.raises(FistaPrunerError, match=r"residual correct needs a dense_target above 0 .*, and it is 0"):
         alps.resolved()
     assert Recipe.build({"method": "alps", "residual": "correct", "dense_target": 0.5}).resolved().corrects_drift
     written = Recipe.build({"dense_target": "pruned"}).resolved()
     assert written.residual == "none"
     assert written.resolved() == written
-    for settings, cause in (
-        ({"dense_target": "pruned"}, "with dense_target pruned"),
-        ({"error_correction": False}, "without error correction"),
-    ):
+    for settings in ({"dense_target": "pruned"}, {"error_correction": False}):
         assert Recipe.build(settings).resolved().residual == "none"
-        asked = Recipe.build({"residual": "correct", **settings})
-        with pytest.raises(FistaPrunerError, match=f"residual correct has no effect {cause}: .*leave residual out"):
-            asked.resolved()
-        asked.resolved(earlier={"residual": "correct"})  # a run that has begun goes on
+    with pytest.raises(FistaPrunerError, match="residual correct needs error_correction True, and that is False"):
+        Recipe.build({"residual": "correct", "error_correction": False})
 
 
-def test_settings_of_workers_need_an_executor_that_has_workers() -> None:
-    for settings in ({"workers": 4}, {"executor": "process", "address": "auto"}):
-        with pytest.raises(FistaPrunerError, match=r"execution: \w+ \w+ has no effect with the executor \w+: choose "):
-            Recipe.build({"execution": settings})
-    for settings in ({"workers": 1}, {"executor": "process", "workers": 4}, {"executor": "ray", "address": "auto"}):
+TOGETHER = [
+    ({"execution": {"workers": 4}}, "execution.workers 4 needs execution.executor process or ray, and that is serial"),
+    ({"execution": {"executor": "process", "address": "auto"}}, "address auto needs execution.executor ray"),
+    ({"low_rank": 4, "structure": "25%"}, "low_rank 4 needs structure.remove none, and that is 25%"),
+    ({"structure": {"method": "goa"}}, "structure.method goa needs structure.remove, and that is none"),
+    (
+        {"structure": {"remove": "25%", "steps": 60}},
+        "steps 60 needs structure.method bypass, and that is auto",
+    ),
+    ({"optimizer": "mezo", "parameters": "lora"}, "optimizer mezo needs parameters full, and that is lora"),
+    ({"as_published": True}, "as_published True needs parameters spp, and that is lora"),
+    ({"loss": "accuracy"}, "loss accuracy needs optimizer mezo or subzero, and that is adamw"),
+    ({"loss": "sft", "references": ["dense"]}, "needs loss dpo or multi-dpo or harmonic or geometric, and that is sft"),
+    ({"weights": "held-out"}, "weights held-out needs loss multi-dpo or harmonic or geometric, and that is dpo"),
+    ({"loss": "geometric", "clip": 0.5}, "clip 0.5 needs loss harmonic, and that is geometric"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), TOGETHER, ids=str)
+def test_settings_that_need_another_one_say_which(settings: dict[str, Any], message: str) -> None:
+    kind = Recipe if set(settings) & {"execution", "low_rank", "structure"} else AlignRecipe
+    with pytest.raises(FistaPrunerError, match=message):
+        kind.build(settings)
+
+
+def test_settings_that_have_what_they_need_are_taken() -> None:
+    for settings in ({"executor": "process", "workers": 4}, {"executor": "ray", "address": "auto"}):
         Recipe.build({"execution": settings})
+    assert RecoverRecipe(optimizer="mezo").parameters == "full"
+    with pytest.raises(FistaPrunerError, match=r"execution\.executor: Input should be 'serial' .got 'process'"):
+        RecoverRecipe.build({"execution": {"executor": "process"}})
+
+
+def test_the_seed_of_a_recipe_is_that_of_its_texts() -> None:
+    assert Recipe(seed=3).calibration.seed == RecoverRecipe(seed=3).data.seed == AlignRecipe(seed=3).data.seed == 3
+    assert Recipe(seed=3).changed({"seed": 4}).calibration.seed == 4
+    assert Recipe.from_yaml(Recipe(seed=3).to_yaml()) == Recipe(seed=3)
+    assert "seed" not in Recipe(seed=3).model_dump()["calibration"]
+    with pytest.raises(FistaPrunerError, match=r"calibration.seed is no setting of its own: seed is that of the text"):
+        Recipe.build({"calibration": {"seed": 1}})
 
 
 def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
@@ -130,7 +165,7 @@ SETTINGS: dict[str, list[Any]] = {
     ],
     "low_rank": [2],
     "reconstruct": [3],
-    "calibration": [{"source": "text.jsonl"}, {"tasks": {"chat": "python", "code": "self"}}],
+    "calibration": [{"source": "text.jsonl"}, {"source": {"chat": "python", "code": "self"}}],
     "dtype": ["bfloat16"],
     "seed": [3],
     "execution": [PARALLEL["execution"], {"memory_limit": "8GiB", "threads": 2}],
@@ -199,24 +234,6 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
 
 
-def test_error_correction_is_a_flag_of_the_command_line(tmp_path: Path) -> None:
-    command = [
-        "prune",
-        str(tiny.save("llama", tmp_path / "model")),
-        "--calibration",
-        "python",
-        "--samples",
-        "2",
-        "--seqlen",
-        "16",
-    ]
-    command += ["--method", "wanda", "--evaluate", "none", "--quiet", "--out"]
-    for flags, expected in (([], True), (["--error-correction"], True), (["--no-error-correction"], False)):
-        run = tmp_path / f"run{len(flags)}{expected}"
-        assert main([*command, str(run), *flags]) == 0
-        assert Recipe.from_yaml((run / "recipe.yaml").read_text()).error_correction == expected
-
-
 def test_a_warm_start_by_family_needs_a_model() -> None:
     problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
     with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto depends on the model's family"):
@@ -259,7 +276,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
-    monkeypatch.setattr("fistapruner.settings.loading.shipped_recipes", Mock(return_value={}))
+    monkeypatch.setattr("fistapruner.settings.parse.shipped_recipes", Mock(return_value={}))
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
         load_recipe_settings(str(file))
@@ -287,9 +304,7 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
         ("seed: yes", "seed: a number is expected"),
         ("calibration: {samples: true}", "calibration.samples: a number is expected"),
         ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
-        ("method: {alps: {refit: yes}}", "refit True: a whole number is expected"),
-        ("method: {alps: {damping: true}}", "damping True: a number is expected"),
-        ("method: [wanda, {refit: {iterations: no}}]", "iterations False: a whole number is expected"),
+        ("method: {fista: {penalty: yes}}", "penalty True: relative or published is expected"),
     ],
 )
 def test_yes_is_no_number(setting: str, message: str) -> None:
@@ -337,8 +352,6 @@ def test_none_over_a_recipe_replaces_what_it_says() -> None:
     base = {"calibration": {"source": "c4", "seqlen": 64}}
     recipe = Recipe.build(merge_settings(base, {"calibration": {"seqlen": None}}))
     assert (recipe.calibration.seqlen, recipe.calibration.source) == (None, "c4")
-    flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
-    assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
 
 
 def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> None:
@@ -369,9 +382,9 @@ def test_texts_may_be_paths() -> None:
     file = Path("text.txt")
     for kind, name in ((Recipe, "calibration"), (RecoverRecipe, "data")):
         assert getattr(kind.build({name: {"source": file}}), name).source == "text.txt"
-        assert getattr(kind.build({name: {"tasks": {"one": file}}}), name).tasks == {"one": "text.txt"}
+        assert getattr(kind.build({name: {"source": {"one": file}}}), name).tasks == {"one": "text.txt"}
     assert AlignRecipe.build({"data": {"pairs": file}}).data.pairs == "text.txt"
-    with pytest.raises(FistaPrunerError, match=r"calibration\.source: .* \(got an object of the class list\)$"):
+    with pytest.raises(FistaPrunerError, match=r"calibration\.source.*: .* \(got an object of the class list\)"):
         Recipe.build({"calibration": {"source": ["a", "b"]}})
 
 
@@ -417,7 +430,7 @@ def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings
         ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
         ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
         ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
-        ({"method": {"fista": {"iteration": 4}}}, r"unknown setting 'iteration': did you mean 'iterations'\?"),
+        ({"method": {"fista": {"penalti": 4}}}, r"unknown setting 'penalti': did you mean 'penalty'\?"),
     ],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[str, Any], message: str) -> None:
@@ -473,29 +486,21 @@ def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
     assert str(said.sparsity) == "0%"
 
 
-def test_one_calibration_source_or_several_tasks() -> None:
+def test_one_calibration_text_or_several_by_name() -> None:
     def built(**settings_: Any) -> Calibration:
         return Recipe.build({"calibration": settings_}).calibration
 
-    assert built(tasks={"a": "c4"}).sources == {"a": "c4"}
-    assert built(source=None).source == "self"
-    assert built(source="c4", tasks={}).sources == {"c4": "c4"}
-    mixed = built(tasks={"a": "python", "b": "x.txt"})
-    assert (mixed.name, mixed.source, mixed.files) == ("a, b", None, (Path("x.txt"),))
+    assert built().sources == {"self": "self"}
+    assert built(source={"a": "c4"}).sources == built(source={"a": "c4"}).tasks == {"a": "c4"}
+    mixed = built(source={"a": "python", "b": "x.txt"})
+    assert (mixed.name, mixed.files) == ("a, b", (Path("x.txt"),))
     assert mixed.with_absolute_files().tasks == {"a": "python", "b": str(Path("x.txt").absolute())}
     assert Recipe.from_yaml(Recipe.build({"calibration": mixed.model_dump()}).to_yaml()).calibration == mixed
-    for wrong, words in (
-        ({"source": "c4", "tasks": {"a": "c4"}}, "either one source or tasks"),
-        ({"samples": 1, "tasks": {"a": "c4", "b": "python"}}, "samples is 1, and each of the 2 tasks needs a window"),
-    ):
-        with pytest.raises(FistaPrunerError, match=words):
-            built(**wrong)
-
-
-def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
-    base = {"calibration": {"tasks": {"a": "c4"}, "samples": 4}}
-    assert merge_settings(base, {"calibration": {"source": "python"}}) == {
-        "calibration": {"source": "python", "samples": 4}
-    }
-    base = {"calibration": {"source": "c4", "tasks": {}}}
-    assert merge_settings(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
+    with pytest.raises(FistaPrunerError, match="samples is 1, and each of the 2 texts needs a window"):
+        built(samples=1, source={"a": "c4", "b": "python"})
+    base = {"calibration": {"source": {"a": "c4"}, "samples": 4}}
+    for source in ("python", {"b": "c4"}):  # replaces all that were there
+        assert merge_settings(base, {"calibration": {"source": source}})["calibration"] == {
+            "source": source,
+            "samples": 4,
+        }

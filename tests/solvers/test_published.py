@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fistapruner.core import NM, Constraint, LayerProblem, parse_sparsity
 from fistapruner.solvers import solve
+from fistapruner.solvers.alps import ALPS
 from fistapruner.solvers.sparsegpt import SparseGPT
 from layer_problems import DRIFTS, activations, damped, linear, make_problem
 
@@ -112,7 +113,7 @@ def test_alps(sparsity: str, rho: float, iterations: int, drift: float, target: 
     As they write it: inputs by outputs, B the weights, D those with zeros, V the dual.
     """
     problem, pattern = make_problem(48, 48, drift=drift, target=target), parse_sparsity(sparsity)
-    method = {"alps": {"rho": rho, "iterations": iterations, "refit": 0}}
+    method = ALPS(rho=rho, iterations=iterations, refit=0)
     gram = damped(problem.gram, 0.01)
     norm = gram.diagonal().sqrt()[:, None]
     dense = problem.weight.double().T

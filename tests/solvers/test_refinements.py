@@ -9,6 +9,7 @@ import torch
 
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.solvers import Solution, solve
+from fistapruner.solvers.proximal import Proximal
 from fistapruner.solvers.refit import Refit, refit_exact
 from fistapruner.solvers.swap import CANDIDATES, Swap
 from layer_problems import DRIFTS, error, least_squares, make_problem
@@ -21,7 +22,7 @@ over_both = pytest.mark.parametrize("solver", ["cg", "exact"])
 @pytest.mark.parametrize("sparsity", ["30%", "50%", "90%", "2:4"])
 def test_a_refit_is_least_squares_on_the_support(solver: str, sparsity: str, drift: float, target: float) -> None:
     problem = make_problem(17, 32, drift=drift, target=target)
-    found = solve(problem, sparsity, ["wanda", {"refit": {"solver": solver, "iterations": 60, "shrinkage": 0}}])
+    found = solve(problem, sparsity, ["wanda", Refit(solver=solver, iterations=60, shrinkage=0)])
     best = float(error(problem, least_squares(problem, found.mask)).sum())
     assert float(error(problem, found.weight).sum()) == pytest.approx(best, rel=1e-4)
     assert torch.equal(found.mask, solve(problem, sparsity, "wanda").mask)
@@ -32,7 +33,7 @@ def test_a_refit_is_least_squares_on_the_support(solver: str, sparsity: str, dri
 def test_damping_is_a_ridge_towards_the_dense_weights(solver: str, drift: float, target: float) -> None:
     problem = make_problem(16, 24, drift=drift, target=target)
     settings = {"solver": solver, "damping": 0.3, "shrinkage": 0.0, "iterations": 200}
-    found = solve(problem, 0.5, ["wanda", {"refit": settings}])
+    found = solve(problem, 0.5, ["wanda", Refit(**settings)])
     expected = least_squares(problem, found.mask, ridge=0.3)
     rows = error(problem, expected) < 0.99 * error(problem, solve(problem, 0.5, "wanda").weight)
     assert int(rows.sum()) > 8  # others keep their start where the ridge makes them no better
@@ -51,7 +52,10 @@ def test_few_tokens_are_not_fitted_as_if_they_were_many(chain: str) -> None:
         for count in (100, 20000)
     )
     *before, last = chain.split("+")
-    plain, ridged = (solve(few, "50%", [*before, {last: {"shrinkage": share}}]).weight for share in (0.0, 3.0))
+    plain, ridged = (
+        solve(few, "50%", [*before, {"refit": Refit, "proximal": Proximal}[last](shrinkage=share)]).weight
+        for share in (0.0, 3.0)
+    )
     assert fresh.error(ridged) < 0.9 * fresh.error(plain)
     assert few.error(ridged) > few.error(plain)
     assert torch.equal(solve(replace(few, tokens=None), "50%", chain).weight, plain)
@@ -71,9 +75,7 @@ def duplicated(rows: int, n: int) -> LayerProblem:
     return LayerProblem.from_activations(torch.randn(rows, n, generator=generator), inputs, name="fc1")
 
 
-@pytest.mark.parametrize(
-    "step", [{"refit": {"solver": "exact", "shrinkage": 0.0}}, {"swap": {"damping": 0.0}}, {"swap": {"damping": 1e-7}}]
-)
+@pytest.mark.parametrize("step", [Refit(solver="exact", shrinkage=0.0), Swap(damping=0.0), Swap(damping=1e-7)])
 def test_singular_supports_are_damped_with_a_warning(step: dict[str, dict[str, object]]) -> None:
     """So are those that are singular but for rounding, where a Cholesky factor exists by chance."""
     problem = duplicated(16, 32)
@@ -89,9 +91,7 @@ def test_a_refit_on_a_nearly_singular_gram_is_as_good_as_it_says(iterations: int
     inputs = torch.randn(1000, 64, generator=generator)
     inputs = torch.cat([inputs, inputs + 1e-4 * torch.randn(1000, 64, generator=generator)], 1)
     problem = LayerProblem(torch.randn(64, 128, generator=generator), inputs.T @ inputs / len(inputs))
-    before, after = (
-        solve(problem, "2:4", chain) for chain in (["wanda"], ["wanda", {"refit": {"iterations": iterations}}])
-    )
+    before, after = (solve(problem, "2:4", chain) for chain in (["wanda"], ["wanda", Refit(iterations=iterations)]))
     true = [float(((s.weight - problem.weight).double() @ inputs.double().T).square().sum()) for s in (before, after)]
     energy = float((problem.weight.double() @ inputs.double().T).square().sum())
     assert after.stats[0]["relative_error"] == pytest.approx(true[1] / energy, rel=1e-3)
@@ -103,7 +103,7 @@ def test_a_refit_on_a_nearly_singular_gram_is_as_good_as_it_says(iterations: int
 )
 def test_rows_that_a_large_ridge_would_make_worse_stay_as_they_are(method: Refit | Swap) -> None:
     problem, constraint = make_problem(16, 24), parse_sparsity("50%")
-    start: Solution = solve(problem, constraint, ["wanda", {"refit": {"solver": "exact", "shrinkage": 0.0}}])
+    start: Solution = solve(problem, constraint, ["wanda", Refit(solver="exact", shrinkage=0.0)])
     found = method.solve(problem, constraint, start)
     before, after = problem.row_errors(start.weight), problem.row_errors(found.weight)
     assert bool((after <= before).all())
@@ -119,7 +119,7 @@ def test_rows_that_a_large_ridge_would_make_worse_stay_as_they_are(method: Refit
 def test_swaps_exchange_the_best_pairs(sparsity: str, swaps: int, drift: float, target: float) -> None:
     """Against least squares in fp64 of every row with every exchange, of which there are fewer than candidates."""
     problem, constraint = make_problem(8, 12, drift=drift, target=target), parse_sparsity(sparsity)
-    solution = solve(problem, constraint, ["magnitude", {"swap": {"swaps": swaps, "damping": 0.0}}])
+    solution = solve(problem, constraint, ["magnitude", Swap(swaps=swaps, damping=0.0)])
     swapped = 0
     for row, start in enumerate(solve(problem, constraint, "magnitude").mask):
         kept = start

@@ -14,7 +14,7 @@ import fistapruner
 import tiny
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.runs.records import Report
-from fistapruner.settings.loading import load_recipe_settings, merge_settings
+from fistapruner.settings.parse import load_recipe_settings, merge_settings
 from standin.gpu import StandIn
 from standin.hardware import GPUS
 from standin.hardware import LAST as GPU
@@ -26,8 +26,8 @@ QUARTER = {"remove": "mlp=25%,heads=1", "multiple": 4}
 ZEROS = {"method": "magnitude", "sparsity": "2:4", "permutation": "channels"}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("llama", {"method": name}) for name in ("admm", "wanda+refit")},
-    "alps+swap": ("llama", {"method": [{"alps": {"iterations": 9}}, {"swap": {"swaps": 2}}]}),
-    "fista": ("llama", {"method": {"fista": {"iterations": 3}}}),
+    "alps+swap": ("llama", {"method": "alps+swap"}),
+    "fista": ("llama", {"method": "fista"}),
     "owl": ("llama", {"method": "wanda", "allocation": "owl"}),
     "best": ("llama", BEST),
     "best, 2:4": ("llama", {**BEST, "sparsity": "2:4"}),
@@ -47,7 +47,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         for name, method in (("qwen2_moe", "magnitude"), ("gpt_oss", "proximal"))
     },
 }
-"""By name: architecture and settings; iterations are cut, since every operator is slow on the stand-in."""
+"""By name: architecture and settings."""
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from fistapruner.core.sums import DriftFrom
 from fistapruner.errors import FistaPrunerError
 from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.low_rank import solve_low_rank
+from fistapruner.solvers.proximal import Proximal
 from fistapruner.structure.choose import eliminate
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
@@ -97,6 +98,6 @@ def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str)
     waits = []
     for steps in (2, 5):
         gpu.waits.clear()
-        solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps}}])
+        solve(problem("cuda:0"), sparsity, Proximal(steps=steps))
         waits.append(Counter(gpu.waits))
     assert waits[0] == waits[1]

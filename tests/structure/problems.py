@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.settings.structure_settings import Structure
+from fistapruner.settings.structure import Structure
 from fistapruner.structure.refit import ChannelStatistics
 
 ROWS, CHANNELS, TOKENS = 5, 8, 200

@@ -21,7 +21,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
-from fistapruner.settings.structure_settings import Remove
+from fistapruner.settings.structure import Remove
 from fistapruner.structure.experts import chosen_experts, find_experts
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
@@ -374,7 +374,7 @@ def test_a_share_of_the_parameters_is_met(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [
-        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "allocation uniform"),
         ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
     ],

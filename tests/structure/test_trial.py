@@ -14,8 +14,8 @@ from fistapruner import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.settings.settings import Recipe
-from fistapruner.settings.structure_settings import Structure
+from fistapruner.settings.prune import Recipe
+from fistapruner.settings.structure import Structure
 from fistapruner.structure.smaller import Widths, removed_weights, resized
 from fistapruner.structure.trial import plan_widths
 from fistapruner.structure.units import layer_weights

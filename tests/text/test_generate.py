@@ -7,7 +7,7 @@ import torch
 from test_windows import letters_tokenizer, tiny_model
 
 from fistapruner import FistaPrunerError
-from fistapruner.settings.calibration_settings import Calibration
+from fistapruner.settings.prune import Calibration
 from fistapruner.text import calibration_tokens
 from fistapruner.text.generate import generate_tokens
 

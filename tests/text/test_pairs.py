@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.settings.align_settings import PairData
+from fistapruner.settings.align import PairData
 from fistapruner.text.pairs import SIDES, Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 
 

@@ -18,7 +18,7 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny_model
 from fistapruner import FistaPrunerError
 from fistapruner.measure.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.recover_settings import RecoverRecipe, TrainingData
+from fistapruner.settings.train import RecoverRecipe, TrainingData
 from fistapruner.text.training import TrainingText, order, pack_documents, shared_documents, training_text
 from fistapruner.training.recovery import check_mixture
 
@@ -195,7 +195,7 @@ def tasks(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
 
 @pytest.mark.parametrize("per_round", [None, 2])
 def test_a_mixture_takes_the_same_number_of_tokens_from_each_task(tmp_path: Path, per_round: int | None) -> None:
-    data = TrainingData(tasks=tasks(tmp_path, {"a": 400, "b": 100, "c": 100}), tokens=60 * 32, per_round=per_round)
+    data = TrainingData(source=tasks(tmp_path, {"a": 400, "b": 100, "c": 100}), tokens=60 * 32, per_round=per_round)
     text = training_text(data, letters_tokenizer(), 32)
     assert text.tasks == ("a", "b", "c") == tuple(text.facts["tasks"])
     trained = torch.bincount(text.task[~text.held_out])
@@ -226,7 +226,7 @@ def test_what_is_named_is_enough_for_a_mixture(
 ) -> None:
     texts = {str(number): "python" for number in range(tasks)}
     asked: dict[str, Any] = {"windows_per_step": windows_per_step, "steps": steps}
-    asked["data"] = {"tasks": texts, "tokens": tokens, "per_round": min(per_round, tasks)}
+    asked["data"] = {"source": texts, "tokens": tokens, "per_round": min(per_round, tasks)}
     try:
         check_mixture(RecoverRecipe(**asked), 32)
     except FistaPrunerError as error:
@@ -239,10 +239,10 @@ def test_what_is_named_is_enough_for_a_mixture(
 
 def test_generated_text_is_a_task_too_and_comes_last(tmp_path: Path) -> None:
     sources = {"own": "self", **tasks(tmp_path, {"a": 100, "b": 100})}
-    text = training_text(TrainingData(tasks=sources, tokens=21 * 32), letters_tokenizer(), 32, tiny_model)
+    text = training_text(TrainingData(source=sources, tokens=21 * 32), letters_tokenizer(), 32, tiny_model)
     assert torch.bincount(text.task[~text.held_out]).tolist() == [7, 7, 7]
     with pytest.raises(FistaPrunerError, match=r"3 tasks, 1 a round, needs 18 windows .* there are 10"):
-        training_text(TrainingData(tasks=sources, tokens=320, per_round=1), letters_tokenizer(), 32)
+        training_text(TrainingData(source=sources, tokens=320, per_round=1), letters_tokenizer(), 32)
 
 
 def test_shared_documents_are_named(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_document_that_one_task_holds_out_is_trained_on_by_none(documents: lis
         for name, half in zip("ab", halves, strict=True):
             sources[name] = lines(Path(folder) / f"{name}.jsonl", half, "completion")
         try:
-            text = training_text(TrainingData(tasks=sources, tokens=10**4), letters_tokenizer(), 24)
+            text = training_text(TrainingData(source=sources, tokens=10**4), letters_tokenizer(), 24)
         except FistaPrunerError as error:
             assert "too short" in str(error)  # noqa: PT017
             return

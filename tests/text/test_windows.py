@@ -23,7 +23,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.calibration_settings import Calibration
+from fistapruner.settings.prune import Calibration
 from fistapruner.text import calibration_length, calibration_tokens, tokens_sha256
 from fistapruner.text import windows as drawing
 from fistapruner.text.windows import draw_from_documents, window_length
@@ -215,7 +215,7 @@ def test_calibration_draws_uniformly_over_tasks(tmp_path: Path) -> None:
     sources = {name: str(tmp_path / f"{name}.jsonl") for name in "abc"}
     for name, size in zip("abc", (300, 60, 60), strict=True):
         Path(sources[name]).write_text("".join(f'{{"text": "{name}{LETTERS[i % 20 :]}"}}\n' for i in range(size)))
-    settings_ = Calibration(tasks={"own": "self", **sources}, samples=14, seed=3)
+    settings_ = Calibration(source={"own": "self", **sources}, samples=14, seed=3)
     tokens, facts = calibration_tokens(settings_, letters_tokenizer(), 24, tiny_model)
     assert tokens.shape == (14, 24)
     assert facts["source"] == "own, a, b, c"

@@ -172,12 +172,12 @@ LOSSES: list[dict[str, Any]] = [
     {"loss": "dpo", "references": "dense"},
     {"loss": "multi-dpo"},
     {"loss": "harmonic"},
-    {"loss": "harmonic", "clip": "none", "shares": (0.3, 0.7)},
+    {"loss": "harmonic", "clip": "none"},
     {"loss": "harmonic", "weights": "per-pair"},
     {"loss": "geometric", "weights": "held-out-margin"},
     {"loss": "sft", "beta": 0.2},
     {"loss": "none"},
-    {"loss": "dpo", "anchor": 0.3, "label_smoothing": 0.1},
+    {"loss": "dpo", "anchor": 0.3},
     {"loss": "dpo", "optimizer": "mezo", "lr": 1e-3},
 ]
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     report = align(bench, tmp_path / "out", folder)
     assert report.alignment is not None
     assert set(report.alignment.test) == {"pruned", "aligned"}
-    for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "--anchor")):
+    for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "anchor")):
         with pytest.raises(FistaPrunerError, match=f"{flag} needs the dense model"):
             align(bench, tmp_path / "other", folder, **settings)
     report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic")
@@ -277,14 +277,12 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"references": "pruned,dense"}, "dpo has one reference"),
-    ({"loss": "sft", "references": "dense"}, "the loss sft has none"),
-    ({"loss": "none", "anchor": 0.0}, "the loss none is the anchor alone"),
-    ({"loss": "geometric", "clip": 0.5}, "clip 0.5: it is a setting of harmonic, and the loss is geometric"),
+    ({"references": "pruned,dense"}, "references pruned,dense: one for the loss dpo"),
+    ({"loss": "sft", "references": "dense"}, "and that is sft"),
+    ({"loss": "geometric", "clip": 0.5}, "clip 0.5 needs loss harmonic, and that is geometric"),
     ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
     ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
-    ({"execution": {"batch_size": 3}}, "must be even"),
-    ({"execution": {"executor": "process"}}, "training has its own way"),
+    ({"execution": {"executor": "process"}}, "Input should be 'serial'"),
 ]
 
 
@@ -305,7 +303,7 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
     path.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected have to be two different answers"):
         fp.align(tmp_path / "no model", tmp_path / "out", **SETTINGS, data={"pairs": str(path)})
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
         fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
@@ -323,7 +321,7 @@ def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Pa
     assert not torch.equal(file.read(str(other)), file.read("pruned"))
     assert align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2) == report
     strange = tiny.save("llama", tmp_path / "strange", vocab_size=tiny.VOCABULARY + 8)
-    with pytest.raises(FistaPrunerError, match=r"--references .*strange: its tokens are not those of"):
+    with pytest.raises(FistaPrunerError, match=r"references .*strange: its tokens are not those of"):
         align(bench, tmp_path / "refused", loss="multi-dpo", references=("pruned", str(strange)))
 
 
@@ -335,15 +333,6 @@ def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_pa
     for name in ("pruned", "dense"):
         assert int(file.read(name)[:, 0].isfinite().sum()) == used < 40
     assert sum(report.alignment.references.values()) == pytest.approx(1.0)
-
-
-def test_shares_are_those_of_the_references_as_they_were_named(bench: Bench, tmp_path: Path) -> None:
-    settings = {"loss": "geometric", "steps": 1, "shares": (0.3, 0.7)}
-    for number, (named, dense) in enumerate({"dense,pruned": 0.3, "pruned,dense": 0.7, "": 0.7}.items()):
-        report = align(bench, tmp_path / str(number), references=named or (), **settings)
-        assert report.alignment is not None
-        assert report.alignment.references == pytest.approx({"pruned": 1 - dense, "dense": dense})
-        assert dict(zip(report.recipe["references"], report.recipe["shares"], strict=True))["dense"] == dense
 
 
 def test_a_finished_run_needs_no_dense_model(bench: Bench, tmp_path: Path) -> None:

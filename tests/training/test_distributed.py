@@ -18,9 +18,9 @@ import tiny
 from fistapruner.runs.records import load_run
 from fistapruner.runs.steps import read_steps
 
-COMMON = ("--evaluate", "none", "--threads", "1", "--rank", "4", "--quiet")
-RECOVERY = ("--seqlen", "16", "--tokens", "300", "--steps", "12", "--windows-per-step", "4")
-ALIGNMENT = ("--steps", "4", "--pairs-per-step", "4", "--lr", "1e-3", "--loss", "geometric", "--anchor", "0.1")
+COMMON = ("--evaluate", "none", "--set", "execution.threads=1", "--set", "rank=4", "--quiet")
+RECOVERY = ("--set", "data.seqlen=16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")
+ALIGNMENT = ("--steps", "4", "--set", "pairs_per_step=4", "--lr", "1e-3", "--loss", "geometric", "--set", "anchor=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def test_a_process_that_dies_ends_the_others_with_one_sentence(bench: tiny.Bench
 
 def test_what_cannot_be_divided_is_refused(bench: tiny.Bench, tmp_path: Path) -> None:
     for more, words in (
-        (("--windows-per-step", "3"), "windows_per_step is 3: 2 processes need a multiple of 2"),
-        (("--optimizer", "mezo"), "optimizer mezo trains in one process: leave torchrun out"),
-        (("--targets", "nowhere"), "'nowhere' matches no operator"),
+        (("--set", "windows_per_step=3"), "windows_per_step is 3: 2 processes need a multiple of 2"),
+        (("--set", "optimizer=mezo"), "optimizer mezo trains in one process: leave torchrun out"),
+        (("--set", "targets=[nowhere]"), "'nowhere' matches no operator"),
     ):
         process = launch(command(bench, "recover", tmp_path / "out", *more))
         assert words in process.communicate(timeout=300)[1]

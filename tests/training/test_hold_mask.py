@@ -196,8 +196,12 @@ def test_the_end_names_an_operator_with_lost_zeros() -> None:
         weight.data[weight == 0] = torch.cat(
             [torch.tensor([1.0, -1.0, -2.0]), torch.zeros(int((weight == 0).sum()) - 3)]
         )
+    with torch.no_grad():
+        weight[weight == 0] = torch.nan
     held.apply()
     held.verify()
+    assert not weight[weight == 0].signbit().any()
+    assert not weight.isnan().any()
 
 
 def test_weights_that_are_replaced_during_the_training_are_held() -> None:
@@ -223,31 +227,33 @@ def test_an_error_of_the_training_is_not_hidden_by_the_check() -> None:
         fail()
 
 
-def test_zeros_become_positive_and_not_a_number_goes() -> None:
-    model = pruned()
-    weight = model.model.layers[0].mlp.up_proj.weight
-    with torch.no_grad():
-        weight[weight == 0] = -0.0
-    held = fp.hold_mask(model)
-    mask = weight == 0
-    weight.data[mask] = torch.nan
-    held.apply()
-    assert not weight[mask].signbit().any()
-    assert not weight.isnan().any()
-
-
-def test_a_model_without_zeros_is_refused() -> None:
+def test_models_without_zeros_or_without_values_are_refused() -> None:
+    """The latter is what ``fsdp_cpu_ram_efficient_loading`` leaves on most processes."""
     with pytest.raises(FistaPrunerError, match="no linear weight of LlamaForCausalLM has at least 1% zeros"):
         fp.hold_mask(tiny.build("llama"))
+    with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):
+        fp.hold_mask(pruned().to("meta"))
 
 
-def test_quantised_and_packed_weights_are_left_alone() -> None:
-    """As bitsandbytes packs two of them into a byte, in one column."""
+def test_what_is_held() -> None:
+    """Not quantised and packed weights, new adapters and heads; transposed weights are."""
     model, linear = pruned(), nn.Linear(8, 8).bfloat16()
-    packed = torch.full((768, 1), 119, dtype=torch.uint8)
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
-    model.model.layers[0].mlp.gate_proj = SparseLinear(pack_operator(linear.weight.detach()))
-    assert len(fp.hold_mask(model).operators) == 12
+    layer = model.model.layers[0].mlp
+    layer.up_proj.weight = nn.Parameter(torch.full((768, 1), 119, dtype=torch.uint8), requires_grad=False)
+    layer.gate_proj = SparseLinear(pack_operator(linear.weight.detach()))
+    layer.adapter = nn.Linear(4, 4)
+    layer.adapter.weight.data.zero_()
+    model.lm_head.weight.data[:20] = 0.0
+    names = fp.hold_mask(model).operators
+    assert len(names) == 12
+    assert not [name for name in names if "adapter" in name or "head" in name]
+    transposed = tiny.build("gpt2", n_layer=1)
+    weight = transposed.transformer.h[0].mlp.c_fc.weight
+    weight.data *= parse_sparsity("50%").project(weight.data.abs())
+    with fp.hold_mask(transposed) as held:
+        train(transposed, OPTIMIZERS["adamw"], steps=1)
+    assert held.operators == ("transformer.h.0.mlp.c_fc.weight",)
+    assert int((weight == 0).sum()) == weight.numel() // 2
 
 
 class Saved(nn.Module):
@@ -291,31 +297,6 @@ def test_a_model_beside_its_frozen_reference_is_held() -> None:
     with held:
         train(policy, OPTIMIZERS["adamw"])
     assert lost(policy, before) == 0
-
-
-def test_weights_without_values_are_refused() -> None:
-    """As ``fsdp_cpu_ram_efficient_loading`` leaves them on most processes."""
-    with pytest.raises(FistaPrunerError, match=r"q_proj\.weight has no values on this process \(meta device\): switch"):
-        fp.hold_mask(pruned().to("meta"))
-
-
-def test_new_adapters_and_heads_are_not_held() -> None:
-    model = pruned()
-    layer = model.model.layers[0].mlp
-    layer.adapter = nn.Linear(4, 4)
-    layer.adapter.weight.data.zero_()
-    model.lm_head.weight.data[:20] = 0.0
-    assert not [name for name in fp.hold_mask(model).operators if "adapter" in name or "head" in name]
-
-
-def test_transposed_weights_are_held() -> None:
-    model = tiny.build("gpt2", n_layer=1)
-    weight = model.transformer.h[0].mlp.c_fc.weight
-    weight.data *= parse_sparsity("50%").project(weight.data.abs())
-    with fp.hold_mask(model) as held:
-        train(model, OPTIMIZERS["adamw"], steps=1)
-    assert held.operators == ("transformer.h.0.mlp.c_fc.weight",)
-    assert int((weight == 0).sum()) == weight.numel() // 2
 
 
 def parallel_training(rank: int, port: int, folder: Path) -> None:

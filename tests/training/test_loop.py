@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
 from fistapruner.papers.mezo import PUBLISHED as MEZO
 from fistapruner.papers.spp import PUBLISHED as SPP
 from fistapruner.runs.steps import read_steps
 from fistapruner.runs.store import Snapshots
-from fistapruner.training.loop import OURS, Loop, State, check_due, descend
+from fistapruner.training.loop import OURS, Loop, State, check_due
 
 
 class Point:
@@ -62,17 +63,18 @@ def test_there_are_eight_checks_and_the_last_step_has_one(steps: int, checks: in
 def test_the_best_step_is_kept() -> None:
     point, seen = Point(1.0), list[float]()
 
-    def held_out() -> float:
+    def held_out() -> tuple[float, dict[str, float]]:
         seen.append(point.value**2)
-        return seen[-1]
+        return seen[-1], {}
 
-    state = descend(point, 12, point.step, held_out)
+    state = Loop(point, 12, point.step, held_out).run()
     assert state.best == min(seen) == point.value**2
     assert state.best < state.before == 1.0
     assert state.rate < 1.0  # it went back
-    worse = descend(Point(1.0), 9, lambda number, factor: (2.0, 1.0), iter(range(1, 99)).__next__)
+    rising = itertools.count(1)
+    worse = Loop(Point(1.0), 9, lambda number, factor: (2.0, 1.0), lambda: (next(rising), {})).run()
     assert (worse.best_step, worse.stopped, worse.step) == (0, True, 4)
-    stuck = descend(point, 9, lambda number, factor: (math.nan, 1.0), held_out)
+    stuck = Loop(point, 9, lambda number, factor: (math.nan, 1.0), held_out).run()
     assert (stuck.step, stuck.stopped) == (1, True)
 
 
@@ -82,8 +84,8 @@ def loop(folder: Path, point: Point, stop_at: int | None = None) -> Loop:
             raise KeyboardInterrupt
         return point.step(number, factor)
 
-    states = Snapshots(folder / "states")
-    return Loop(states, folder / "steps.jsonl", "f", point, 20, step, lambda: (point.value**2, {}), lambda number: 7)
+    stored = {"states": Snapshots(folder / "states"), "journal": folder / "steps.jsonl", "fingerprint": "f"}
+    return Loop(point, 20, step, lambda: (point.value**2, {}), **stored)
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 20])
@@ -107,11 +109,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path, stop_
 
 
 def test_losses_that_are_no_numbers_end_the_run(tmp_path: Path) -> None:
-    said = list[str]()
-    run = loop(tmp_path, Point(1.0))
-    run.step, run.say = lambda number, factor: (math.inf, 1.0), said.append
+    said, run = tiny.Said(), loop(tmp_path, Point(1.0))
+    run.step, run.listener = lambda number, factor: (math.inf, 1.0), said
     assert (state := run.run(None)).fault == "the loss is inf at step 1, at 0.5 of the first learning rate"
-    assert said[-1] == state.fault
+    assert said.sentences[-1] == state.fault
     patient = loop(tmp_path, Point(1.0))
     patient.step, patient.patient = lambda number, factor: (math.inf, 1.0), 3
     assert patient.run(None).step == 3

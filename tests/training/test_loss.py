@@ -53,7 +53,3 @@ def test_tokens_that_the_dense_model_rules_out_do_not_count() -> None:
     value, gradient = TokenLoss(0.9).tokens(own, targets, dense, 1.0)
     assert gradient is not None
     assert bool(value.isfinite().all() and gradient.isfinite().all())
-
-
-def test_losses_have_names() -> None:
-    assert [TokenLoss.named(name, 0.3).share for name in ("kl", "ce", "mix")] == [1.0, 0.0, 0.3]

@@ -23,7 +23,7 @@ from fistapruner.models.files.low_rank import LowRankAdapter
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import Report
-from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.training.masked import Trained
 
 PRUNING: dict[str, Any] = {"sparsity": "2:4", "method": "wanda", "low_rank": 4}

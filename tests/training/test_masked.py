@@ -12,14 +12,12 @@ from test_objective import make_text, opened
 from torch import Tensor, nn
 
 import tiny
-from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.papers.spp import Spp
-from fistapruner.settings.align_settings import AlignRecipe
-from fistapruner.settings.recover_settings import RecoverRecipe
-from fistapruner.training.loss import TokenLoss
+from fistapruner.settings.align import AlignRecipe
+from fistapruner.settings.train import RecoverRecipe
+from fistapruner.training.loss import Objective, TokenLoss
 from fistapruner.training.masked import SHARE, Form, Full, Lora, Masters, Trained, first_rate
-from fistapruner.training.objective import Objective
 
 FORMS: dict[str, Form] = {"full": Full(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
 
@@ -73,7 +71,7 @@ def test_a_model_keeps_its_zeros_and_comes_back_bit_for_bit(tmp_path: Path, name
         for weight in zeroed:
             weight.data[:, ::2] = 0.0
         trained = Trained(model, discover(model), recipe)
-        assert trained.result(0) == {}
+        assert dict(trained.result()) == {}
         for seed in range(3):
             step(trained, seed)
         trained.keep()
@@ -91,8 +89,6 @@ def test_a_model_keeps_its_zeros_and_comes_back_bit_for_bit(tmp_path: Path, name
         trained.restore()
         restored = trained.tensors()
         assert all(torch.equal(restored[key], state[key]) for key in state if key.startswith("trained/"))
-        with pytest.raises(FistaPrunerError, match="'trained/nothing' is not trained"):
-            other.load({"trained/nothing": torch.zeros(1)})
 
 
 def test_a_step_is_torchs_adamw_on_survivors() -> None:
@@ -115,17 +111,17 @@ def test_a_step_is_torchs_adamw_on_survivors() -> None:
 
 def test_learning_rates() -> None:
     lora, vector = Lora(16, 2.0), torch.tensor([3.0, 0.0, 4.0])
-    size = (25 / 2) ** 0.5
+    size, rate = (25 / 2) ** 0.5, lora.rate(64)
     auto = RecoverRecipe.build({})
-    assert first_rate(auto, lora, 64, 64, matrix(2, 2)) == 2e-3
-    assert first_rate(auto, lora, None, 64, vector) == pytest.approx(SHARE * size)
-    assert first_rate(AlignRecipe.build({}), lora, 64, 64, vector) == pytest.approx(1e-4)
+    assert first_rate(auto, rate, rate, matrix(2, 2)) == 2e-3
+    assert first_rate(auto, None, rate, vector) == pytest.approx(SHARE * size)
+    assert first_rate(AlignRecipe.build({}), rate, rate, vector) == pytest.approx(1e-4)
     given_rate = RecoverRecipe.build({"lr": 4e-3})
-    assert first_rate(given_rate, lora, 64, 64, vector) == 4e-3
-    assert first_rate(given_rate, lora, None, 64, vector) == pytest.approx(2 * SHARE * size)
+    assert first_rate(given_rate, rate, rate, vector) == 4e-3
+    assert first_rate(given_rate, None, rate, vector) == pytest.approx(2 * SHARE * size)
     share = RecoverRecipe.build({"parameters": "full", "lr": 0.01})
-    assert first_rate(share, Full(), 64, 64, vector) == pytest.approx(0.01 * size)
-    assert first_rate(auto, Spp(16, 2.0), 576, 576, vector) == pytest.approx(4e-4 * 24)
+    assert first_rate(share, Full().rate(64), None, vector) == pytest.approx(0.01 * size)
+    assert Spp(16, 2.0).rate(576) == pytest.approx(4e-4 * 24)
 
 
 def test_training_in_bf16_lowers_the_loss(tmp_path: Path) -> None:

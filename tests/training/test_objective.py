@@ -16,11 +16,10 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.numerics import Budgets
-from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.training import TrainingText
-from fistapruner.training.loss import TokenLoss
+from fistapruner.training.loss import Objective, TokenLoss
 from fistapruner.training.masked import Trained
-from fistapruner.training.objective import Objective
 from fistapruner.training.teacher import Teacher
 
 WINDOWS, SEQLEN = 4, 24

@@ -16,12 +16,11 @@ from torch.nn.functional import kl_div, logsigmoid
 import tiny
 from fistapruner.models.discovery import discover
 from fistapruner.papers.mrpo import Preference, margins_of
-from fistapruner.settings.align_settings import PairData
-from fistapruner.settings.recover_settings import RecoverRecipe
+from fistapruner.settings.align import PairData
+from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.pairs import Pairs, read_pairs, tokenise_pairs
+from fistapruner.training.loss import PairObjective, PairTerms
 from fistapruner.training.masked import Trained
-from fistapruner.training.objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, PairTerms
-from fistapruner.training.references import ReferenceModel, reference_log_probabilities
 from fistapruner.training.teacher import Teacher
 
 TRL_PAIRS = [
@@ -50,15 +49,13 @@ def pairs(tmp_path: Path) -> Pairs:
 def answers(folder: Path, pairs: Pairs, windows: list[int], batch_size: int = 4) -> Tensor:
     model = opened(folder, torch.float32)
     with model.resident():
-        return AnswerObjective(model, model.run, pairs, LIKELIHOOD, None, batch_size).log_probabilities(windows)
+        return PairObjective(model, model.run, pairs, None, None, batch_size).log_probabilities(windows)
 
 
 def losses(folder: Path, pairs: Pairs, windows: list[int], terms: PairTerms) -> Tensor:
     model = opened(folder, torch.float32)
     with model.resident():
-        objective = PairObjective(model, model.run, pairs, LIKELIHOOD, None, 4)
-        objective.terms = terms
-        return objective.losses(windows)
+        return PairObjective(model, model.run, pairs, terms, None, 4).losses(windows)
 
 
 def test_log_probabilities_do_not_depend_on_batch_or_padding(tmp_path: Path, pairs: Pairs) -> None:
@@ -116,9 +113,8 @@ def test_gradients_are_those_of_the_whole_model(
         model = opened(folder, torch.float32)
         with model.resident():
             trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full"}))
-            loss = DIVERGENCE if anchor else LIKELIHOOD
-            objective = PairObjective(model, trained.run, pairs, loss, teacher, batch_size)
-            objective.terms = PairTerms(Preference(margins, weights, BETA), likelihood, anchor)
+            terms = PairTerms(Preference(margins, weights, BETA), likelihood, anchor)
+            objective = PairObjective(model, trained.run, pairs, terms, teacher, batch_size)
             with objective.resident():
                 assert objective.backward(numbers) == pytest.approx(value, rel=1e-5)
                 assert objective.losses(numbers)[1::2].tolist() == [0.0] * 3
@@ -158,26 +154,3 @@ def whole_gradients(
         total = total + anchor * divergence / count
     loss = total / (len(numbers) // 2)
     return gradients(model, loss), float(loss.detach())
-
-
-def test_cached_references_are_used_until_something_changes(tmp_path: Path, pairs: Pairs) -> None:
-    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
-    path, said = tmp_path / "references.safetensors", list[str]()
-
-    def asked(identity: str) -> Tensor:
-        said.clear()
-        reference = ReferenceModel(lambda: opened(folder), [0, 1, 4, 5], identity)
-        return reference_log_probabilities(path, {"pruned": reference}, pairs, 2, said.append)["pruned"]
-
-    first = asked("a")
-    assert said == ["log-probabilities of 2 pairs under the pruned model"]
-    assert torch.isnan(first[[1, 3]]).all()
-    assert torch.equal(asked("a")[[0, 2]], first[[0, 2]])
-    assert said == []
-    assert torch.equal(asked("b")[[0, 2]], first[[0, 2]])
-    assert len(said) == 1
-    path.write_bytes(path.read_bytes()[:-8])
-    assert torch.equal(asked("b")[[0, 2]], first[[0, 2]])
-    assert len(said) == 1
-    gone = ReferenceModel(lambda: None, [0, 1], "c")
-    assert reference_log_probabilities(path, {"dense": gone}, pairs, 2, said.append) == {}

@@ -19,8 +19,7 @@ from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.run import prune
 from fistapruner.runs.listener import Listener
-from fistapruner.training import reconstruct as block_reconstruction
-from fistapruner.training.reconstruct import Reconstructed, ReconstructionSettings, reconstruct_layer
+from fistapruner.training.reconstruct import BlockLoss, Reconstructed, ReconstructionSettings, reconstruct_layer
 from tiny import tensors
 
 SETTINGS: dict[str, Any] = {
@@ -153,7 +152,7 @@ def test_the_loss_is_the_mean_of_weighted_errors_in_the_metric(tmp_path: Path, k
     def energies(differences: Tensor) -> list[float]:
         return [float(d @ m @ d) for d in differences.double()]
 
-    loss = block_reconstruction._Loss.of(model, source, wanted, metric)
+    loss = BlockLoss(source, wanted, metric, model.device)
     limit = sorted(energies(states[1, 0] - states[0, 0]))[(tokens - 1) // 2]  # the lower median of the first window
     for window in range(2):
         added, errors = energies(states[1, window] - states[0, window]), energies(states[2, window] - states[1, window])

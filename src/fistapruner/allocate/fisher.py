@@ -165,7 +165,7 @@ def measure_sensitivity(
         if not bool(values.isfinite().all()):
             raise FistaPrunerError(
                 f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(model.dtype)} passes: "
-                "take --dtype float32, or --allocation uniform and --weighting none, which need none"
+                "take dtype float32, or allocation uniform and weighting none, which need none"
             )
     return Sensitivity(rows, metrics[::-1])
 
@@ -258,7 +258,7 @@ def loss_gradient(model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenS
                 if not bool(above.sum(-1).isfinite().all()):  # a NaN reaches its token's sum
                     raise FistaPrunerError(
                         f"{model.checkpoint.folder}: the predictions are NaN or infinite in {dtype_name(model.dtype)} "
-                        "passes: take --dtype float32, or check the weights"
+                        "passes: take dtype float32, or check the weights"
                     )
                 drawn = draw_labels(above, generator)
                 above.neg_().scatter_(1, drawn, 1 + above.gather(1, drawn))

@@ -19,7 +19,7 @@ from ..models.layout import Layout, Operator
 from ..papers.owl import InputEnergy, Outliers
 from ..papers.so_ebm import Workload
 from ..runs.records import WorkloadFacts
-from ..settings.settings import OWN, Recipe
+from ..settings.prune import OWN, Recipe
 from ..text.windows import window_tasks
 from .allocate import choose_patterns, split_budget
 from .channels import Permutations, reordered_rows
@@ -43,12 +43,12 @@ def check_allocation(recipe: Recipe) -> None:
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
-            f"removed ({recipe.structure.remove}): take --allocation uniform --weighting none"
+            f"removed ({recipe.structure.remove}): take allocation uniform and weighting none"
         )
     if kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} cannot be used with {pattern}: it distributes zeros, so give an "
-            "unstructured --sparsity such as 50% (error also takes n:m), or --allocation uniform"
+            "unstructured --sparsity such as 50% (error also takes n:m), or allocation uniform"
         )
     _workload(recipe)
 

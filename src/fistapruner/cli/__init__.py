@@ -1,8 +1,8 @@
-"""The command line: one module for each verb.
+"""The command line: fourteen verbs, each the public function of the same name.
 
-A verb's module has ``SUMMARY`` (one line), ``configure(parser)`` (its arguments) and ``run(arguments)`` (calls the
-public API, prints, returns the exit status). It imports torch and what needs it inside ``run``, so that ``--help`` is
-quick.
+A verb is a function of one of the modules here. It calls the public function, prints its result and returns the exit
+status; its docstring is what ``--help`` says. ``configure_VERB`` beside it adds its arguments. A verb imports torch and
+what needs it inside, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
+import inspect
 import os
 import re
 import signal
@@ -23,23 +24,23 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn, TextIO, cast
 
-VERBS = (
-    "prune",
-    "recover",
-    "align",
-    "resume",
-    "compare",
-    "evaluate",
-    "inspect",
-    "report",
-    "status",
-    "pack",
-    "unpack",
-    "export",
-    "bench",
-    "methods",
-)
-"""The verbs in the order of ``--help``, each the name of its module."""
+VERBS = {
+    "prune": "prune",
+    "recover": "train",
+    "align": "train",
+    "resume": "prune",
+    "compare": "prune",
+    "evaluate": "measure",
+    "inspect": "measure",
+    "report": "look",
+    "status": "look",
+    "pack": "files",
+    "unpack": "files",
+    "export": "files",
+    "bench": "measure",
+    "methods": "look",
+}
+"""The verbs in the order of ``--help``, and the module of each."""
 
 READ_ONLY = ("inspect", "methods", "status")
 """Verbs that write nothing: several processes of a launcher may do the same."""
@@ -50,6 +51,9 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Fill the paragraphs of a description; indented lines, such as commands, stay as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(
@@ -76,7 +80,10 @@ class _Verb(_Parser):
         for flag in flags:
             if flag not in self._option_string_actions:
                 near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-                self.error(f"unrecognized arguments: {flag}" + (f": did you mean {near[0]}?" if near else ""))
+                hint = ": settings without a flag are given by --set KEY=VALUE" * (
+                    "--set" in self._option_string_actions
+                )
+                self.error(f"unrecognized arguments: {flag}" + (f": did you mean {near[0]}?" if near else hint))
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -90,23 +97,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fistapruner",
         description="Prune trained language models, and measure what that costs and gains.",
-        epilog="'fistapruner VERB --help' explains each verb; --debug prints the traceback of an error. Exit status: "
+        epilog="'fistapruner VERB --help' explains each verb. Exit status: "
         "0 done, 1 a check failed, 2 bad input, 130 interrupted, 143 ended by SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Verb)
-    for verb in VERBS:
-        module = import_module(f".{verb}", __package__)
+    for verb, place in VERBS.items():
+        module = import_module(f".{place}", __package__)
+        said = inspect.getdoc(getattr(module, verb)) or ""
+        summary = said.splitlines()[0].rstrip(".")
         sub = verbs.add_parser(
             verb,
-            help=module.SUMMARY,
-            description=module.__doc__,
+            help=summary[0].lower() + summary[1:],
+            description=said,
             formatter_class=_Help,
             allow_abbrev=False,
         )
-        module.configure(sub)
-        sub.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
-        sub.set_defaults(run=module.run)
+        getattr(module, f"configure_{verb}")(sub)
+        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        sub.set_defaults(run=getattr(module, verb))
     return parser
 
 
@@ -142,12 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, MemoryError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which --help does not import
                 said = (
-                    "the GPU's memory ran out: free some of it, lower --batch-size or --seqlen, or choose --device cpu"
+                    "the GPU's memory ran out: free some, lower execution.batch_size or --seqlen, or take --device cpu"
                 )
             elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's, on the host
                 said = (
                     "main memory ran out: free some of it, and the same command goes on; a new run needs less with a "
-                    "lower --batch-size or --memory-limit"
+                    "lower execution.batch_size or execution.memory_limit"
                 )
             else:
                 raise

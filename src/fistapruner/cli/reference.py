@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..packed.kernel import ENVIRONMENT, LEVELS
-from ..settings.align_settings import AlignRecipe
-from ..settings.base import Settings
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.settings import Recipe
+from ..settings.align import AlignRecipe
+from ..settings.base import TOGETHER, Settings
+from ..settings.prune import Recipe
+from ..settings.train import RecoverRecipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
 from . import VERBS, build_parser
-from .arguments import DEST, SAME_FLAG, flag_of, settings
+from .arguments import FLAGS, settings
 
 HEAD = """# Reference
 
@@ -69,16 +69,12 @@ def _verbs() -> Iterable[str]:
         yield f"{(parser.description or '').strip().splitlines()[0]}\n"
         rows = []
         for action in parser._actions:
-            if action.help in (None, argparse.SUPPRESS) or action.dest == "help" or action.dest.startswith(DEST):
+            if action.dest == "help":
                 continue
             flags = " / ".join(action.option_strings)
             values = "|".join(map(str, action.choices)) if action.choices else action.metavar or action.dest.upper()
             name = " ".join(filter(None, (flags, "" if action.nargs == 0 else str(values))))
             rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
-        if any(action.dest.startswith(DEST) for action in parser._actions):
-            kind = {"recover": "recovery", "align": "alignment"}.get(verb, "recipe")
-            also = " but `sparsity`, `method` and `seed`" if verb == "compare" else ""
-            yield f"Also every [{kind} setting](#{kind}-settings){also} by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
 
 
@@ -89,14 +85,30 @@ def _shell() -> Iterable[str]:
 
 
 def _recipes() -> Iterable[str]:
+    yield "## Settings\n"
+    yield (
+        "Each is set in a recipe file, by `--set KEY=VALUE`, as an argument of the function, and some by a flag of "
+        "their own.\n"
+    )
     for title, what, recipe in RECIPES:
-        yield f"## {title} settings\n"
+        yield f"### {title} settings\n"
         yield f"{what} are sections.\n"
-        rows = [
-            (f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field))
-            for path, field in settings(recipe)
-        ]
-        yield from _table(("setting", "flag", "default", "meaning"), rows)
+        rows = []
+        for path, field in settings(recipe):
+            flag = FLAGS[path][0] if path in FLAGS else ""
+            rows.append((f"`{path}`" + (f" (`{flag}`)" if flag else ""), *_describe(field)))
+        yield from _table(("setting", "default", "meaning"), rows)
+    yield "### Which settings go together\n"
+    yield from _table(("setting", "where it is", "needs", "at"), map(_together, TOGETHER))
+
+
+def _together(row: tuple[str, tuple[Any, ...], str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """Write a row of the settings that go together."""
+    name, values, other, needed = row
+    found, right = (
+        " or ".join("none" if each is None else f"`{each}`" for each in part) or "given" for part in (values, needed)
+    )
+    return f"`{name}`", found, f"`{other}`", right
 
 
 def _methods() -> Iterable[str]:
@@ -113,14 +125,17 @@ def _methods() -> Iterable[str]:
 def _describe(field: FieldInfo) -> tuple[str, str]:
     """Return a setting's default and its meaning."""
     default = field.default if isinstance(field.default, str) else json.dumps(field.default)
-    return f"`{default}`", f"{_values(field.annotation)}{field.description}"
+    values, said = _values(field.annotation), str(field.description)
+    return f"`{default}`", said if any(said.startswith(f"{word},") for word in values) else f"{_code(values)}{said}"
 
 
-def _values(annotation: Any) -> str:
-    """Return the values of a choice, as the beginning of its description."""
-    if get_origin(annotation) is not Literal:
-        return ""
-    return ", ".join(f"`{value}`" for value in get_args(annotation)) + ". "
+def _values(annotation: Any) -> tuple[str, ...]:
+    """Return the values of a choice; of other settings none."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _code(values: tuple[str, ...]) -> str:
+    return ", ".join(f"`{value}`" for value in values) + ". " * bool(values)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[str]:

@@ -66,9 +66,12 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
             papers do; ``none`` has no BOS; ``window`` has one in front of every window.
 
     Raises:
-        FistaPrunerError: no such data, a text that the tokenizer cannot read or that is too short for one window, or a
-            BOS that the tokenizer does not have.
+        FistaPrunerError: no such data, a text that the tokenizer cannot read or that is too short for one window, a BOS
+            that the tokenizer does not have, or a number out of range.
     """
+    for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1)):
+        if value is not None and (type(value) is not int or value < least):
+            raise FistaPrunerError(f"{name} {value!r} is out of range: a whole number, at least {least}")
     text, split, most = read_text(data)
     if most is not None:
         windows = min(windows or most, most)

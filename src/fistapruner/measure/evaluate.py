@@ -24,7 +24,7 @@ from ..runs.results import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
-from ..settings.loading import parse_bytes
+from ..settings.parse import parse_bytes
 from .data import Windows, check_data, load_windows
 from .logits import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows

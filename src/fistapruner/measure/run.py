@@ -32,16 +32,17 @@ from ..runtime.files import temporary_folder, write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
-from ..settings.execution_settings import Execution
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.settings import Recipe
+from ..settings.execution import Execution
+from ..settings.prune import Recipe
+from ..settings.train import RecoverRecipe
 from ..text.sources import document_hash, source_documents
 from ..text.training import shared_documents, training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import check_request
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
-from .speed import Speed, Speeds, Variant, bench, packed_bytes
+from .speed import Speed, Speeds, Variant, packed_bytes
+from .speed import bench as bench_forms
 from .speed import record as speed_record
 from .streaming import KeptStates
 
@@ -184,6 +185,7 @@ def add_warning(report: Report, sentence: str, listener: Listener) -> None:
 
 def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
     """Write a finished run's ``report.json``, its model card, and the page if it can be drawn."""
+    report.folder = str(run.folder)
     update_stage(report)
     run.write_report(report)
     write_lineage(run.model, report.lineage)
@@ -352,6 +354,46 @@ def _same_text(a: Evaluation, b: Evaluation) -> bool:
     return a.perplexity.measured_on == b.perplexity.measured_on
 
 
+def evaluate(
+    model: str | Path,
+    data: str | Path | Windows | None = None,
+    *,
+    listener: Listener | None = None,
+    keep: Callable[[Evaluation], None] | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Measure a model, or a finished run against its dense model, whose figures are kept with the run.
+
+    Args:
+        model: run directory, hub id, local folder, packed folder, GGUF file, or ``smollm2``.
+        data: text for perplexity, or windows of it; None measures tasks only.
+        listener: receives progress.
+        keep: called with what is measured before the tasks begin; figures of a run are kept with it.
+        **settings: as for :func:`fistapruner.measure.evaluate.evaluate`.
+
+    Returns:
+        What was measured, printed as ``fistapruner evaluate`` prints it.
+
+    Raises:
+        FistaPrunerError: bad input, named; a run that is not finished, or whose dense model is gone or has changed.
+        MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
+    """
+    if isinstance(model, (str, Path)) and is_run(model):
+        return evaluate_run(model, data, listener=listener, **settings)  # type: ignore[arg-type]
+    settings = {"tick": (listener or Listener()).tick, "keep": keep or (lambda found: None), **settings}
+    return run_evaluation(model, data, **settings)
+
+
+def bench(model: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
+    """Measure speed, memory and sizes of a pruned model, or of a finished run, whose figures are kept with the run.
+
+    Arguments, result and errors are those of :func:`bench_run` and :func:`fistapruner.measure.speed.bench`.
+    """
+    if isinstance(model, (str, Path)) and is_run(model):
+        return bench_run(model, listener=listener, **settings)
+    return Speeds(bench_forms(model, tick=(listener or Listener()).tick, **settings))
+
+
 def evaluate_run(
     folder: str | Path,
     data: str | Path | None = None,
@@ -456,7 +498,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             publish(run, report, listener)
 
         judge = _Judge(run, report, compared, listener, keep, permissions)
-        found = bench(run.model, before=before, quality=judge.quality, tick=listener.tick, **settings)
+        found = bench_forms(run.model, before=before, quality=judge.quality, tick=listener.tick, **settings)
         keep(found)
     return Speeds(found)
 

@@ -39,6 +39,7 @@ from ..packed.pack import NoPackedFormError, pack, unpacked
 from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
 from ..runtime.files import temporary_folder
 from ..runtime.show import Tick, align_columns, counted, silent
+from . import QUANTISE_FIRST
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -357,7 +358,11 @@ def sentence(speeds: Sequence[Speed]) -> str:
 
 
 class Speeds(list[Speed]):
-    """Speeds that are printed as a table, with the setting."""
+    """Speeds that are printed as a table, with the setting and what they come to."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurements as JSON values."""
+        return record(self)
 
     def __str__(self) -> str:
         first = self[0]
@@ -380,4 +385,5 @@ class Speeds(list[Speed]):
             row = (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}")
             quality = (speed.perplexity, 2), (speed.kl, 3)
             rows.append(row + tuple("-" if x is None else f"{x:.{digits}f}" for x, digits in quality * judged))
-        return f"{', '.join(parts)}\n{align_columns(rows, right=tuple(range(1, len(rows[0]))))}"
+        table = align_columns(rows, right=tuple(range(1, len(rows[0]))))
+        return f"{', '.join(parts)}\n{table}\n\n{sentence(self)}\n{QUANTISE_FIRST}"

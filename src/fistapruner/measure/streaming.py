@@ -106,7 +106,7 @@ def score_windows(
     for each, nll in zip(models, columns, strict=False):
         if bool(nll.isnan().any()):
             folder, exact = each.checkpoint.folder, each.dtype is torch.float32
-            how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try --dtype float32"
+            how = f"'fistapruner inspect {folder}' names NaN among its weights" if exact else "try dtype float32"
             raise FistaPrunerError(f"{folder}: the forward pass gives NaN (dtype {each.dtype}); {how}")
     return WindowSums(columns[0], tokens.shape[1] - 1, *columns[1:])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..settings.patterns import matches
+from ..settings.parse import matches
 
 
 @dataclass(frozen=True)

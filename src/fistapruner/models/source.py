@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, one_line, path_text, with_name
 from ..runtime.files import disk_errors, require_utf8
-from ..settings.loading import YAML_FAULTS
+from ..settings.parse import YAML_FAULTS
 from .files.checkpoint import Checkpoint
 from .files.folder_files import (
     COMPANION_NAMES,

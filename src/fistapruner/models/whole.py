@@ -43,7 +43,7 @@ def require_tasks_fit(folder: Path, nbytes: int, limit: int) -> None:
     needed = resident_memory() + int(nbytes / ROOM)
     if needed > limit:
         raise FistaPrunerError(
-            f"--memory-limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "
+            f"memory_limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "
             f"{size(needed)}: raise it, or leave out --tasks"
         )
 

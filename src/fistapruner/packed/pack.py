@@ -207,7 +207,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tic
     if stacked := stacked_experts(record):
         raise NoPackedFormError(
             f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
-            "as it is, or prune with --ignore re:experts to pack the other operators"
+            "as it is, or prune with --set ignore=[re:experts] to pack the other operators"
         )
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:

@@ -129,7 +129,7 @@ class Bypass:
             rate = min(RATE * STEPS / self.steps, MAX_RATE) / 2 * (1 + math.cos(math.pi * step / self.steps))
             keep, baseline = descend(keep, baseline, masks, losses, rate, budgets)
             if not any(map(math.isfinite, losses)):
-                raise FistaPrunerError("structure: the model's loss is NaN or infinite: take --dtype float32")
+                raise FistaPrunerError("structure: the model's loss is NaN or infinite: take dtype float32")
             if step == done:
                 left = duration((time.perf_counter() - started) * (self.steps - step))
                 self.listener.say(f"bypass: {self.steps - step} steps of {MASKS} forward passes take about {left}")

@@ -193,7 +193,7 @@ def attention_probabilities(
                 if len(found) != 1 or found[0].shape[-2:] != (states.shape[1], states.shape[1]):
                     raise FistaPrunerError(
                         f"structure: {model.layers_name}.{index} does not return attention probabilities, which goa "
-                        "compares heads by: take another --structure-method"
+                        "compares heads by: take another structure.method"
                     )
                 yield found[0][0]
     finally:

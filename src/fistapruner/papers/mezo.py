@@ -35,7 +35,7 @@ from ..models.layerwise import Call, LayerwiseModel
 from ..models.layout import Layout
 from ..runtime.numerics import seeded
 from ..training.loop import Descent
-from ..training.objective import Objective
+from ..training.loss import Objective
 
 EPS = 1e-3
 """Size of the perturbation (the program's default)."""

@@ -15,7 +15,7 @@ from ..models.layout import Group, Layout
 from ..passes.store import HiddenStates, Store
 from ..passes.stream import Calls
 from ..runs.records import OperatorEntry, RemovalEntry
-from ..settings.settings import Recipe
+from ..settings.prune import Recipe
 from ..structure.smaller import Widths
 from ..structure.units import Unit
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.sums import DriftFrom, cheapest_drift
 from ..models.layout import Group, Layout, Operator
 from ..passes.store import HiddenStates, Store
-from ..settings.settings import Recipe
+from ..settings.prune import Recipe
 from ..structure.units import Unit
 from .context import fitted_groups, narrowed_groups
 

@@ -31,8 +31,8 @@ from ..runs.records import CalibrationFacts
 from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.numerics import dtype_name
 from ..runtime.show import count, span
-from ..settings.patterns import matches
-from ..settings.settings import Recipe
+from ..settings.parse import matches
+from ..settings.prune import Recipe
 from ..solvers.low_rank import check_rank
 from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
@@ -237,8 +237,8 @@ def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint
             refused = "out_proj"
         if refused:
             raise FistaPrunerError(
-                f"low_rank {rank}: PEFT has no LoRA for {name}: leave such operators dense with --ignore re:{refused}, "
-                "or prune without --low-rank"
+                f"low_rank {rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore [re:{refused}], "
+                "or prune without low_rank"
             )
         check_rank(rank, operator.rows, operator.columns, name)
     if not any(sparsity[name].fraction for name, _ in layout.operators()):
@@ -272,7 +272,7 @@ def change_widths(
     units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]
     if structure.method in ("goa", "bypass") and any(unit.kind == EXPERT for _, unit in units):
         raise FistaPrunerError(
-            f"structure: {structure.method} does not rate channels of experts: take --structure-method obs, energy, "
+            f"structure: {structure.method} does not rate channels of experts: take structure.method obs, energy, "
             "flap or magnitude"
         )
     if structure.method == "goa":
@@ -282,7 +282,7 @@ def change_widths(
                 if name not in selected:
                     raise FistaPrunerError(
                         f"structure: targets and ignore leave out {name}, whose outputs are to be removed, and goa "
-                        "fits and rates it too: leave it in --targets, or take --structure-method obs"
+                        "fits and rates it too: leave it in targets, or take structure.method obs"
                     )
             if unit.kind == GROUPS and index == 0:  # an attention without probabilities is refused now
                 with model.layer(0):

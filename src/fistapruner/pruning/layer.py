@@ -297,7 +297,7 @@ def _write(
         better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
         raise FistaPrunerError(
             f"{name}: a pruned weight of {float(weight.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
-            f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32, or raise the method's damping"
+            f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32"
         )
     unrounded = torch.equal(weight, target.to(weight.dtype))
     weight.copy_(target)

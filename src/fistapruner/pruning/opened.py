@@ -34,8 +34,8 @@ from ..runtime.devices import choose_device, peak_memory, release_failed_memory
 from ..runtime.machine import now
 from ..runtime.numerics import DTYPES
 from ..runtime.show import counted
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.prune import Recipe
+from ..settings.train import TrainingRecipe
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
 from .context import LayerContext, LayerEvents, LayerMeasures, LayerStreams

@@ -39,8 +39,8 @@ from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
-from ..settings.loading import merge_settings
-from ..settings.settings import Recipe
+from ..settings.parse import merge_settings
+from ..settings.prune import Recipe
 from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
 from .result import refuse_foreign_files, reporting_failure

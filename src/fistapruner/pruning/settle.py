@@ -28,9 +28,9 @@ from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from ..settings.execution_settings import Execution
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.execution import Execution
+from ..settings.prune import Recipe
+from ..settings.train import TrainingRecipe
 from ..text import calibration_length, calibration_tokens
 from ..text.generate import load_writer
 from .inputs import Inputs, Request, check_inputs
@@ -204,13 +204,13 @@ def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_s
         release_failed_memory()
     raise FistaPrunerError(
         f"the memory of {model.device} is not enough to {what}: free some of it, shorten --seqlen, or take "
-        "--allocation uniform --weighting none --structure-method obs, which need no such passes"
+        "allocation uniform, weighting none and structure.method obs, which need no such passes"
     )
 
 
 def common_fields(
-    request: Request | TrainingRequest[Any],
-    inputs: Inputs | TrainingInputs[Any],
+    request: Request | TrainingRequest,
+    inputs: Inputs | TrainingInputs,
     recipe: Recipe | TrainingRecipe,
     threads: int,
 ) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from ..runs.listener import Listener
 from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
 from ..runtime.machine import module_path
 from ..runtime.numerics import exact_products
-from ..settings.execution_settings import Execution
+from ..settings.execution import Execution
 from .context import LayerEvents, LayerStreams
 from .opened import RunContext
 
@@ -208,7 +208,7 @@ def _collect(
             if count >= ATTEMPTS:
                 raise FistaPrunerError(
                     f"layer {worst}: its worker died {ATTEMPTS} times: if memory ran out, give the same prune command "
-                    "again with fewer --workers"
+                    "again with fewer workers"
                 ) from None
             pool.revive()
             running |= {pool.submit(index): index for index in lost}
@@ -370,7 +370,7 @@ class RayPool:
             self.close()
             raise FistaPrunerError(
                 f"the Ray cluster has {resources.get('CPU', 0):g} cores, and no node has the {threads} that a worker "
-                f"needs{' beside its GPU' if cuda else ''}: set --threads"
+                f"needs{' beside its GPU' if cuda else ''}: set threads"
             )
         self.size = min(execution.workers or room, room, most)
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": module_path()}
@@ -391,7 +391,7 @@ class RayPool:
 
 
 def require_ray(address: str | None) -> None:
-    """Refuse ``--executor ray`` where Ray is not installed or a cluster cannot be reached.
+    """Refuse ``executor ray`` where Ray is not installed or a cluster cannot be reached.
 
     Ray itself would wait for minutes, and a signal would not end it.
 
@@ -406,7 +406,7 @@ def require_ray(address: str | None) -> None:
     if head := cluster_head(address):
         host, _, port = head.rpartition(":")
         if not host or "/" in host or not port.isdigit():
-            name = "--address" if address != "auto" else "RAY_ADDRESS"
+            name = "address" if address != "auto" else "RAY_ADDRESS"
             raise FistaPrunerError(
                 f"{name} {head!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
             )
@@ -415,7 +415,7 @@ def require_ray(address: str | None) -> None:
         except (OSError, OverflowError) as error:
             raise FistaPrunerError(f"Ray cluster {head!r} cannot be reached: {error}") from None
     if find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", "--executor ray")
+        raise MissingExtraError("ray", "ray", "executor ray")
 
 
 def cluster_head(address: str | None) -> str | None:

@@ -11,7 +11,15 @@ Everything is made from ``report.json`` or ``compare.json`` alone, and the same 
 report may be missing. Names of folders on this machine stand only in commands: cards and pages are published.
 """
 
+from importlib import import_module
+
 from ..runs.comparison_records import Comparison
 from ..runs.records import LayerEntry, OperatorEntry, Report, load_run
+from ..runs.results import Evaluation
+
+# Results print as their verb prints them: print(fistapruner.prune(...)).
+Report.__str__ = lambda report: import_module(".terminal", __name__).summary(report)  # type: ignore[method-assign]
+Comparison.__str__ = lambda found: import_module(".comparison", __name__).comparison_table(found)  # type: ignore[method-assign]
+Evaluation.__str__ = lambda found: import_module(".measured", __name__).evaluation_text(found)  # type: ignore[method-assign]
 
 __all__ = ["Comparison", "LayerEntry", "OperatorEntry", "Report", "load_run"]

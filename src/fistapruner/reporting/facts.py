@@ -298,8 +298,8 @@ def _stage_line(stage: Stage) -> str:
     if stage.kind in ("recover", "align"):
         parts[0] = training_label(stage.kind, settings, figures.tokens)
         data = settings.get("data") or {}
-        if text := data.get("source") or data.get("pairs") or ", ".join(data.get("tasks") or ()):
-            parts[0] += f" of {file_name(str(text))}"
+        if text := data.get("source") or data.get("pairs"):
+            parts[0] += f" of {', '.join(text) if isinstance(text, dict) else file_name(str(text))}"
     elif settings.get("sparsity"):
         less = bool((settings.get("structure") or {}).get("remove"))
         parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"

@@ -287,12 +287,6 @@ NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 INT8 = "packed int8"
 """The form that rounds the weights, so that its quality is its own."""
 
-QUANTISE_FIRST = (
-    "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
-    "measured; a model without some of its channels (--structure) can be quantised, too ('fistapruner export')."
-)
-"""Said beside sizes; measured in ``docs/smaller.md``."""
-
 
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""

@@ -10,7 +10,7 @@ import yaml
 
 from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
 from ..runs.records import Report
-from ..settings.values import WORKLOAD
+from ..settings.prune import WORKLOAD
 from .facts import base_model_name, facts, title_of
 from .measured import ORIGIN, QUALITY, SIZE, Fact, becomes_smaller_packed, file_name, speeds
 from .rendering import render
@@ -145,10 +145,10 @@ def public_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("calibration", "data"):
         text = recipe.get(section)
         for key in ("source", "pairs"):
-            if isinstance(text, dict) and text.get(key):
-                recipe[section] = text = {**text, key: file_name(str(text[key]))}
-        if isinstance(text, dict) and isinstance(tasks := text.get("tasks"), dict):
-            recipe[section] = {**text, "tasks": {name: file_name(str(source)) for name, source in tasks.items()}}
+            if not isinstance(text, dict) or not (said := text.get(key)):
+                continue
+            names = {name: file_name(str(source)) for name, source in said.items()} if isinstance(said, dict) else None
+            recipe[section] = text = {**text, key: names or file_name(str(said))}
     if isinstance(allocation := recipe.get("allocation"), str) and allocation.startswith(WORKLOAD):
         recipe["allocation"] = WORKLOAD + file_name(allocation.removeprefix(WORKLOAD))
     return recipe

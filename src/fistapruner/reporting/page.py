@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FistaPrunerError
+from ..measure import QUANTISE_FIRST
 from ..runs.comparison_records import PAGE, is_comparison, load_comparison
 from ..runs.directory import RunDirectory
 from ..runs.labels import DONE
@@ -16,7 +17,7 @@ from ..runtime.show import count, percent
 from .comparison import comparison_page
 from .facts import facts, next_steps, title_of
 from .figures import run_figures
-from .measured import COST, ORIGIN, PRUNING, QUALITY, QUANTISE_FIRST, SIZE, TRAINING
+from .measured import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
 from .model_card import fact_table, public_recipe, yaml_text
 from .rendering import Section, Table, moment, page
 
@@ -149,3 +150,7 @@ def write_page(folder: str | Path) -> Path:
         text, out = run_page(load_run(folder)), RunDirectory(folder).page_file
     write_text_atomic(out, text)
     return out
+
+
+report = write_page
+"""The public name: ``fistapruner.report``, as the verb is called."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
-from ..runs.records import Recovery, Report
-from ..runtime.show import align_columns, duration, finite, percent
+from ..errors import FistaPrunerError, out_path, printable
+from ..runs.comparison_records import FIGURES, RUNS, is_comparison, load_comparison
+from ..runs.lock import holder
+from ..runs.records import Recovery, Report, is_run, load_run
+from ..runtime.files import read_json
+from ..runtime.show import align_columns, duration, finite, percent, shell_line
 from .facts import facts, next_steps
 from .figures import mean_error
 from .measured import ORIGIN
@@ -19,6 +24,70 @@ RECENT_STEPS = 8
 
 AGAIN = "running again"
 """Status of a run that a process works on, and whose report is of an attempt that failed."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run or a comparison stands; printed as ``fistapruner status`` prints it.
+
+    Args:
+        text: for the terminal.
+        facts: JSON values.
+    """
+
+    text: str
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts."""
+        return self.facts
+
+
+def status(folder: str | Path) -> Status:
+    """Say how far a run or a comparison is, from another process or after it stopped.
+
+    Args:
+        folder: the run directory, or the folder of a comparison.
+
+    Raises:
+        FistaPrunerError: the folder holds neither, or its files are broken.
+    """
+    folder = out_path(folder, name="run")
+    if is_comparison(folder):
+        return _comparison(folder)
+    if (folder / "log.txt").is_file() and not is_run(folder):
+        at_work, said = holder(folder), "stopped before anything was decided; give its command again"
+        if at_work is not None:
+            said = f"being prepared by process {at_work['pid']} on {at_work['host']}"
+        return Status(f"{folder}: {said}", {"status": "preparing", "working": bool(at_work)})
+    report, working = load_run(folder), holder(folder) is not None
+    text = status_text(report, alive=working, evaluates=_evaluates(folder))
+    return Status(text, {**status_facts(report, alive=working), "working": working})
+
+
+def _comparison(folder: Path) -> Status:
+    """Say which rows a comparison has done, and how far the run is that is at work."""
+    rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    runs = sorted((folder / RUNS).glob("*"))
+    at_work = next((run for run in runs if holder(run) is not None), None)
+    working = holder(folder) is not None or at_work is not None
+    text = f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it")
+    if at_work is not None:
+        text += f"\n{status(at_work)}"
+    elif runs:
+        text += f"\nfor one of its {len(runs)} runs: {shell_line('status', folder / RUNS / '...')}"
+    return Status(text, {"rows_done": rows, "working": working, "run": at_work and str(at_work)})
+
+
+def _evaluates(folder: Path) -> bool:
+    """Check that a run was asked to evaluate its result."""
+    with suppress(FistaPrunerError):
+        decision = read_json(folder / "run.json").get("decision")
+        return isinstance(decision, dict) and decision.get("evaluation") is not None
+    return False
 
 
 def status_facts(report: Report, now: datetime | None = None, *, alive: bool | None = None) -> dict[str, Any]:
@@ -161,21 +230,22 @@ def _since(moment: str | None, now: datetime) -> float | None:
     return max(0.0, (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds())
 
 
-def summary(report: Report, folder: str | Path) -> str:
+def summary(report: Report, folder: str | Path = "") -> str:
     """Write the table that is printed at the end of a run.
 
     Args:
         report: the finished run.
-        folder: the run directory.
+        folder: the run directory; where it is not given, that of the report.
     """
+    folder = Path(folder or report.folder or "RUN")
     rows = [
         fact.row
         for fact in facts(report)
         if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
     ]
     rows += [("warning", printable(warning)) for warning in report.warnings]
-    rows.append(("checkpoint", str(Path(folder) / "model")))
+    rows.append(("checkpoint", str(folder / "model")))
     if report.totals.low_rank_weights:
-        rows.append(("adapter", str(Path(folder) / "adapter")))
+        rows.append(("adapter", str(folder / "adapter")))
     rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
     return align_columns(rows)

@@ -10,6 +10,7 @@ from pydantic import Field
 from ..runtime.files import read_json
 from ..runtime.machine import Machine
 from ..runtime.show import percent
+from .labels import removed_label
 from .records import VERSION, CalibrationFacts, ModelFacts, Number, Record, ZeroCounts, parse, share_of
 from .results import Divergence, Perplexity
 
@@ -67,7 +68,7 @@ class CompareRow(ZeroCounts):
             flops = share_of(self.flops_per_token, self.dense_flops_per_token)
             less = {"parameters": parameters, "FLOP a token": flops}
             how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
-            text += f" (structure {removed} removed{how and f': {how}'})"
+            text += f" (structure {removed_label(removed)} removed{how and f': {how}'})"
         return text
 
 

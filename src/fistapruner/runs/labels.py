@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.show import short_count
-from ..settings.loading import read_share
-from ..settings.structure_settings import compensation_of
+from ..settings.parse import read_share
+from ..settings.structure import Remove, compensation_of
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 """What a run has done to its model, by the kind of the run."""
@@ -70,7 +70,12 @@ def amount_label(recipe: Mapping[str, Any]) -> str:
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
-    return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+    return f"structure {removed_label(removed)}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+
+
+def removed_label(remove: Any) -> str:
+    """Write how much is removed, as on the command line: ``25%`` or ``mlp=20%,heads=1``."""
+    return str(Remove.model_validate(remove))
 
 
 def methods_label(recipe: Mapping[str, Any]) -> str:
@@ -81,7 +86,7 @@ def methods_label(recipe: Mapping[str, Any]) -> str:
     remove = structure.get("remove")
     if not remove:
         return chain
-    units = [part.partition("=")[0] for part in str(remove).split(",")]
+    units = list(Remove.model_validate(remove).model_dump())
     own = ["reap"] if "experts" in units else []
     if units != ["experts"]:
         method = structure.get("method", "obs")

@@ -470,6 +470,7 @@ class Report(Record):
         lineage: how the model was made, this run included once it is finished.
         recovery: what a recovery or alignment run trained; ``alignment``: on which pairs.
         stacked_experts: pruned experts are stored as one tensor of all, which ``pack`` does not take.
+        folder: the run directory, which the file does not say.
     """
 
     version: int = VERSION
@@ -497,6 +498,7 @@ class Report(Record):
     alignment: Alignment | None = None
     stacked_experts: bool = False
     warnings: list[str] = []
+    folder: str = Field("", exclude=True)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""

@@ -25,10 +25,9 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..runtime.machine import versions
 from ..runtime.show import shell_line
-from ..settings.execution_settings import Execution
-from ..settings.settings import Recipe
-from ..settings.training_settings import TrainingRecipe
-from ..settings.values import SparsitySetting
+from ..settings.execution import Execution
+from ..settings.prune import Recipe, SparsitySetting
+from ..settings.train import TrainingRecipe
 from .listener import Listener
 from .records import Report
 

@@ -1,4 +1,4 @@
-"""Base of all settings and of the recipes that hold them; what all of them share."""
+"""Base of all settings and of the recipes that hold them, and the one table of settings that need each other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import FistaPrunerError, at_home, explain, refuse_yes_no
-from .loading import load_recipe_settings, merge_settings, parse_yaml
+from .parse import load_recipe_settings, merge_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
+
+SEVERAL = ("multi-dpo", "harmonic", "geometric")
+"""Losses of an alignment with several references."""
+
+TOGETHER: tuple[tuple[str, tuple[Any, ...], str, tuple[Any, ...]], ...] = (
+    ("execution.workers", (), "execution.executor", ("process", "ray")),
+    ("execution.address", (), "execution.executor", ("ray",)),
+    ("residual", ("correct",), "error_correction", (True,)),
+    ("low_rank", (), "structure.remove", (None,)),
+    ("structure.method", (), "structure.remove", ()),
+    ("structure.compensate", (), "structure.remove", ()),
+    ("structure.multiple", (), "structure.remove", ()),
+    ("structure.steps", (), "structure.method", ("bypass",)),
+    ("optimizer", ("mezo", "subzero"), "parameters", ("full",)),
+    ("as_published", (), "parameters", ("spp",)),
+    ("loss", ("accuracy",), "optimizer", ("mezo", "subzero")),
+    ("references", (), "loss", ("dpo", *SEVERAL)),
+    ("weights", (), "loss", SEVERAL),
+    ("clip", (), "loss", ("harmonic",)),
+)
+"""Which settings go together: a setting, values of it, another setting that it needs, and the values that this needs.
+
+No values are all but the default. A recipe that lacks a setting has no use for its row.
+"""
 
 
 def _seed(value: int) -> int:
@@ -76,15 +108,43 @@ class Settings(BaseModel):
     _no_yes_or_no = field_validator("*", mode="before")(classmethod(refuse_yes_no))
 
 
+class Texts(Settings):
+    """Base of the section that says which texts a run reads: one, or several by name.
+
+    Attributes:
+        seed: that of the recipe, which fills it in.
+    """
+
+    source: Annotated[str | dict[str, str] | None, PATHS_TOO] = None
+    seed: Seed = 0
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Several texts by name; empty where there is one."""
+        return self.source if isinstance(self.source, dict) else {}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The texts by name; one is called as it is, and none is there where it is not said."""
+        return self.tasks or ({} if self.source is None else {str(self.source): str(self.source)})
+
+    def with_absolute_files(self) -> Self:
+        """Return these settings with the absolute path of every file."""
+        files = {name: absolute_file(text) for name, text in self.sources.items()}
+        return self.model_copy(update={"source": files if self.tasks else next(iter(files.values()), None)})
+
+
 class RunRecipe(Settings):
     """Base of the recipes.
 
     Attributes:
         verb: whose settings they are.
+        text: the section with the texts, whose seed is the recipe's.
         no_identity: settings that do not determine the resulting weights.
     """
 
     verb: ClassVar[str] = "prune"
+    text: ClassVar[str] = ""
     no_identity: ClassVar[tuple[str, ...]] = ("execution",)
 
     # Defaults are written as users write them; validation turns them into constraints and methods.
@@ -99,6 +159,40 @@ class RunRecipe(Settings):
                 raise FistaPrunerError(f"{type(self).__name__}: {explain(error, type(self))}") from None
 
         __init__.__pydantic_base_init__ = True  # as pydantic marks its own: model_validate does not call it
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        """Refuse settings that need another value of another setting (:data:`TOGETHER`)."""
+        for name, values, other, needed in TOGETHER:
+            value, default = self._setting(name)
+            found, without = self._setting(other)
+            asked = value in values if values else value != default
+            if asked and (found not in needed if needed else found == without):
+                right = " or ".join("none" if each is None else str(each) for each in needed)
+                is_now = "none" if found is None else found
+                raise ValueError(f"{name} {value} needs {f'{other} {right}'.strip()}, and that is {is_now}")
+        return self
+
+    def _setting(self, path: str) -> tuple[Any, Any]:
+        """Return a setting's value and default; both None where the recipe has none of this name."""
+        holder: Any = self
+        section, _, name = path.rpartition(".")
+        holder = getattr(self, section, None) if section else self
+        field = None if holder is None else type(holder).model_fields.get(name)
+        return (None, None) if field is None else (getattr(holder, name), field.default)
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> Self:
+        """Give the texts the seed of the recipe."""
+        if not self.text:
+            return self
+        texts = getattr(self, self.text)
+        if "seed" in texts.model_fields_set and texts.seed != self.seed:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.text}.seed is no setting of its own: seed is that of the text, too")
+        texts = texts.model_copy(update={"seed": self.seed})  # type: ignore[attr-defined]
+        texts.model_fields_set.discard("seed")
+        self.__dict__[self.text] = texts
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the resulting weights."""
@@ -123,10 +217,7 @@ class RunRecipe(Settings):
 
     @classmethod
     def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
-        """Read a recipe as the functions take it.
-
-        Args:
-            recipe: a recipe, its settings, the name of a shipped recipe or of a file, or None for the default.
+        """Return the recipe that a function of the API was given; None is the default one.
 
         Raises:
             FistaPrunerError: a recipe of another verb, no such file, or wrong settings.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
-from .base import Method, Solution, setting
+from .base import Method, Solution
 from .splitting import LeastSquares, resolvents, scaled, split
 
 
@@ -20,6 +20,14 @@ class ADMM(Method):
     The splitting on the Gram scaled to a unit diagonal and damped, with one rho and one inverse. In the first k steps
     the mask is chosen anew, at a sparsity that grows as ``s (1 - (1 - t/k)^3)``; then it is fixed. For n:m the weights
     that the projection keeps stay, and the smallest of all others are dropped, as many as that sparsity asks for.
+
+    Args:
+        rho: penalty, in units of the scaled Gram's diagonal before it is damped.
+        iterations: steps in all.
+        growing: k, steps in which the sparsity grows; 0 takes the mask of the dense weights.
+        damping: added to the scaled Gram's diagonal.
+
+    The numbers are the paper's.
     """
 
     # Differs from the author's program (github.com/fmfi-compbio/admm-pruning, lib/admm.py):
@@ -33,14 +41,10 @@ class ADMM(Method):
     name: ClassVar[str] = "admm"
     takes_start: ClassVar[bool] = False
 
-    rho: float = setting(
-        1.0, "Penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).", above=0.0
-    )
-    iterations: int = setting(20, "Steps in all (20).", least=1)
-    growing: int = setting(
-        15, "k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights.", least=0
-    )
-    damping: float = setting(0.1, "Added to the scaled Gram's diagonal (0.1).", least=0.0)
+    rho: float = 1.0
+    iterations: int = 20
+    growing: int = 15
+    damping: float = 0.1
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         centre, gram, warnings = problem.regularised(Ridge(own=self.damping))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
-from .base import Method, Solution, Stats, setting
+from .base import Method, Solution, Stats
 from .refit import refit_cg
 from .splitting import LeastSquares, Resolvent, State, resolvents, scaled, split
 
@@ -27,17 +27,21 @@ class ALPS(Method):
     (after 30 steps: by less than 0.03 %). Both rules are those of the authors' program. If the support stops changing
     before it ever changed by 0.5 %, rho was too large: it falls to a fifth and the splitting starts again; here at most
     ten times, since few zeros never change that much of the support.
+
+    Args:
+        rho: first penalty, in units of the scaled Gram's diagonal.
+        iterations: largest number of steps.
+        damping: added to the diagonal of H, as a share of its mean, in the quadratic and the linear term.
+        refit: conjugate gradient steps at the end.
     """
 
     name: ClassVar[str] = "alps"
     takes_start: ClassVar[bool] = False
 
-    rho: float = setting(0.1, "First penalty, in units of the scaled Gram's diagonal.", above=0.0)
-    iterations: int = setting(300, "Largest number of ADMM steps.", least=1)
-    damping: float = setting(
-        0.01, "Added to the diagonal of H, as a share of its mean, in the quadratic and the linear term.", least=0.0
-    )
-    refit: int = setting(10, "Conjugate gradient steps at the end.", least=0)
+    rho: float = 0.1
+    iterations: int = 300
+    damping: float = 0.01
+    refit: int = 10
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         centre, gram, warnings = problem.regularised(Ridge(mean=self.damping))

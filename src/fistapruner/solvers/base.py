@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,14 +48,17 @@ def setting(
     below: float = math.inf,
     choices: Sequence[str] = (),
 ) -> Any:
-    """Make a field of a method: a setting with its bounds, which are checked, and its description."""
+    """Make a field of a method that recipes set: with its bounds, which are checked, and its description.
+
+    Other fields are arguments of the class alone; their defaults are those of the paper, or measured once.
+    """
     bounds = {"least": least, "above": above, "below": below, "choices": tuple(choices)}
     return field(default=default, metadata={"description": description, **bounds})
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of solvers and refinements: frozen dataclasses whose fields are made by ``setting``.
+    """Base of solvers and refinements: frozen dataclasses.
 
     Raises:
         FistaPrunerError: a setting is of another type than its default, or out of its bounds.
@@ -70,13 +73,11 @@ class Method(ABC):
     """Whether a solver starts from the solution of a step before it; else it stands first in a chain."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
+        for each in _settings(type(self)):
             value = getattr(self, each.name)
-            if isinstance(each.default, float):
-                object.__setattr__(self, each.name, _as_float(value))
-            elif isinstance(value, list):
-                object.__setattr__(self, each.name, tuple(map(_as_float, value)))
-            if (wrong := _wrong(getattr(self, each.name), each.default, each.metadata)) is not None:
+            if isinstance(each.default, float) and type(value) is int and abs(value) < 2**1000:
+                object.__setattr__(self, each.name, value := float(value))
+            if (wrong := _wrong(value, each.default, each.metadata)) is not None:
                 raise FistaPrunerError(f"method {self.name}: {each.name} {value!r}: {wrong} is expected")
 
     @abstractmethod
@@ -92,28 +93,23 @@ class Method(ABC):
     @classmethod
     def descriptions(cls) -> dict[str, tuple[Any, str]]:
         """Return the default and the description of every setting, by name."""
-        return {each.name: (each.default, each.metadata["description"]) for each in fields(cls)}
+        return {each.name: (each.default, each.metadata["description"]) for each in _settings(cls)}
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {each.name: getattr(self, each.name) for each in _settings(type(self))}
 
 
-def _as_float(value: Any) -> Any:
-    """Convert a whole number to a float; return anything else, and what is too large, as it is."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and abs(value) < 2**1000 else value
+def _settings(method: type[Method]) -> list[Field[Any]]:
+    """List the fields of a method that recipes set."""
+    return [each for each in fields(method) if each.metadata]
 
 
 def _wrong(value: Any, default: Any, metadata: Any) -> str | None:
     """Say what is expected of a setting, or None if its value is right."""
     if choices := metadata.get("choices"):
         return None if value in choices else " or ".join(choices)
-    if isinstance(default, tuple):
-        right = isinstance(value, tuple) and len(value) == len(default)
-        wrong = [_wrong(each, default[0], metadata) for each in value] if right else []
-        return f"{len(default)} numbers" if not right else next((each for each in wrong if each), None)
-    least, above, below = (metadata.get(key, 0.0) for key in ("least", "above", "below"))
+    least, above, below = (metadata[key] for key in ("least", "above", "below"))
     kind = "a whole number" if isinstance(default, int) else "a number"
     if isinstance(value, bool) or not isinstance(value, type(default)) or not math.isfinite(value):
         return kind

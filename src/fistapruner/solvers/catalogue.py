@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FistaPrunerError, instead_of
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,59 @@ CATALOGUE = (
     ),
 )
 """All methods, in the order in which they are listed."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Methods that are listed, printed as ``fistapruner methods`` prints them.
+
+    Args:
+        entries: the methods.
+        settings: of the one method that was asked for, default and description by name; None where all are listed.
+    """
+
+    entries: tuple[Entry, ...]
+    settings: dict[str, tuple[Any, str]] | None = None
+
+    def __str__(self) -> str:
+        if self.settings is not None:
+            (entry,) = self.entries
+            lines = [f"{entry.name}: {entry.summary}", entry.reference]
+            for key, (default, description) in self.settings.items():
+                lines += [f"  {key} = {json.dumps(default)}", f"      {description}"]
+            return "\n".join(lines)
+        lines = []
+        for refines, title in ((False, "Solvers"), (True, "Refinements (after a solver: wanda+refit)")):
+            lines.append(title)
+            for entry in self.entries:
+                if entry.refines is refines:
+                    lines += [f"  {entry.name:<12} {entry.summary}", f"  {'':<12} {entry.reference}"]
+        return "\n".join([*lines, "One method: fistapruner methods NAME"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the methods as JSON values, one with its settings."""
+        facts = {
+            entry.name: {"summary": entry.summary, "reference": entry.reference, "refines": entry.refines}
+            for entry in self.entries
+        }
+        if self.settings is None:
+            return facts
+        known = {key: {"default": default, "description": said} for key, (default, said) in self.settings.items()}
+        (entry,) = self.entries
+        return {"name": entry.name, **facts[entry.name], "settings": known}
+
+
+def methods(name: str | None = None) -> Listing:
+    """List the solvers and refinements, or one of them with its settings.
+
+    Raises:
+        FistaPrunerError: no method has this name.
+    """
+    if name is None:
+        return Listing(CATALOGUE)
+    from .chain import METHODS  # imports torch
+
+    found = tuple(entry for entry in CATALOGUE if entry.name == name)
+    if not found:
+        raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")
+    return Listing(found, METHODS[name].descriptions())

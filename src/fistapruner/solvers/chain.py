@@ -35,7 +35,7 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     Args:
         value: a name (``"fista"``), a user's own class (``"./mine.py:MyMethod"``), names joined by ``+``
             (``"alps+swap"``), or a list of names, of one-entry dictionaries with settings
-            (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
+            (``[sparsegpt, {fista: {warm_start: wanda}}, refit]``) or of method objects.
 
     Raises:
         FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
@@ -69,7 +69,9 @@ def _parse_step(step: object) -> Method:
     if isinstance(step, dict) and len(step) == 1:
         ((step, settings),) = step.items()
     if not isinstance(step, str) or not isinstance(settings or {}, dict):
-        raise FistaPrunerError(f"method step {step!r} is not a name, or one with settings: {{fista: {{xi: 0.2}}}}")
+        raise FistaPrunerError(
+            f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}"
+        )
     name = step.strip()
     found = METHODS.get(name) or own_method(name)
     if found is None:
@@ -77,7 +79,8 @@ def _parse_step(step: object) -> Method:
     known = found.descriptions()
     for key in settings or {}:  # type: ignore[attr-defined]
         if key not in known:
-            raise FistaPrunerError(f"method {name}: unknown setting {key!r}{instead_of(str(key), known)}")
+            right = instead_of(str(key), known) if known else ": it has none"
+            raise FistaPrunerError(f"method {name}: unknown setting {key!r}{right}")
     return found(**(settings or {}))  # type: ignore[arg-type]
 
 
@@ -143,8 +146,8 @@ def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[
             check_solution(step, problem, constraint, solution)
         if not bool(solution.weight.isfinite().all()):
             raise FistaPrunerError(
-                f"{problem.name}: {step.name} with {step.settings()} ended in NaN or infinite weights: take settings "
-                "nearer to the defaults"
+                f"{problem.name}: {step} ended in NaN or infinite weights: take arguments nearer to the defaults, or "
+                "check the weights and the text"
             )
         extra = solution.stats[0] if solution.stats else {}
         error = problem.relative_error(solution.weight)

@@ -53,6 +53,14 @@ class Fista(Method):
     result if ``E_total = sqrt f(rounded)`` fell. With ``E_fista = sqrt f(V)`` and ``E_round = E_total - E_fista``, a
     bisection raises lambda if ``E_round / E_total > xi`` (the solution is too dense to be rounded well), else lowers
     it. The warm start is the first candidate, so that the result is never worse than the warm start.
+
+    Args:
+        iterations: K, FISTA steps of a round; ``tolerance``: of ``||V_k - V_{k-1}||_F``, below which they stop.
+        xi: share of rounding error above which lambda is raised.
+        patience: T, rounds without improvement after which it stops.
+        warm_start, penalty: see their descriptions.
+
+    The numbers are the paper's.
     """
 
     # As published (the recipe paper) with penalty "published". With "relative", the default, it differs:
@@ -63,10 +71,10 @@ class Fista(Method):
 
     name: ClassVar[str] = "fista"
 
-    iterations: int = setting(20, "K, FISTA steps of a round (paper: 20).", least=1)
-    tolerance: float = setting(1e-6, "FISTA stops when ||V_k - V_{k-1}||_F falls below it (paper: 1e-6).", least=0.0)
-    xi: float = setting(0.3, "Share of rounding error above which lambda is raised (paper: 0.3).", above=0.0, below=1.0)
-    patience: int = setting(3, "T, rounds without improvement after which it stops (paper: 3).", least=1)
+    iterations: int = 20
+    tolerance: float = 1e-6
+    xi: float = 0.3
+    patience: int = 3
     warm_start: str = setting(
         "sparsegpt",
         "First weights if the chain has no step before: those of sparsegpt, wanda or magnitude, dense (W), or auto, "

@@ -1,4 +1,4 @@
-"""Load a user's own method: ``./mine.py:MyMethod``, or an entry point of the group ``fistapruner.methods``.
+"""Load a user's own method: ``./mine.py:MyMethod``, or an entry point of ``fistapruner.methods``.
 
 A class needs a method ``solve(problem, constraint, start)`` that returns a :class:`~.base.Solution`. One derived from
 :class:`~.base.Method` may have settings; of any other class an object is made without arguments.
@@ -27,7 +27,7 @@ RECORDED = re.compile(r"(.+)@([0-9a-f]{12})")
 
 
 def own_method(name: str) -> type[Method] | None:
-    """Return the class of a user's own method; None for a name that is neither a file's nor an entry point's.
+    """Return the class of a user's own method; None for a name of no file and no entry point.
 
     Args:
         name: ``FILE.py:CLASS`` or the name of an entry point; after an ``@`` the hash that a run has recorded.

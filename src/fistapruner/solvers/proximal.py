@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
 from ..core.linalg import damped_cholesky
-from ..errors import FistaPrunerError
-from .base import Method, Solution, Stats, keep_better, setting
+from .base import Method, Solution, Stats, keep_better
 from .refit import refit_cg
 from .splitting import LeastSquares, Resolvent, geometric, natural_order, resolvents, scaled, split, strided_order
 
@@ -35,30 +34,23 @@ class Proximal(Method):
     iterations may be inexact; the last projection is exact. rho grows geometrically: a small rho lets the support
     change, a large one fixes it. Then conjugate gradients refit the weights. If a start is given, it stays where the
     error would not fall.
+
+    Args:
+        rho: first and last penalty, in units of the scaled Gram's diagonal.
+        levels: values of rho, from first to last; ``steps``: iterations at each.
+        damping: ridge for numerical stability, as a share of the mean of the Gram's diagonal.
+        shrinkage: additional ridge for the sampling error of the Gram: this times inputs / tokens, at most 0.3, times
+            the geometric mean of the diagonal. 0 gives a lower error on the calibration tokens and a higher one on
+            other text. Has no effect if the number of tokens is unknown.
     """
 
     name: ClassVar[str] = "proximal"
 
-    rho: tuple[float, float] = setting(
-        (0.15, 1.0), "First and last penalty, in units of the scaled Gram's diagonal.", above=0.0
-    )
-    levels: int = setting(11, "Number of values of rho, from first to last.", least=2)
-    steps: int = setting(3, "Iterations at each value.", least=1)
-    damping: float = setting(
-        0.001, "Ridge for numerical stability, as a share of the mean of the Gram's diagonal.", least=0.0
-    )
-    shrinkage: float = setting(
-        3.0,
-        "Additional ridge for the sampling error of the Gram: this times inputs / tokens, at most 0.3, times the "
-        "geometric mean of the diagonal. 0 gives a lower error on the calibration tokens and a higher one on other "
-        "text (docs/results.md). Has no effect if the number of tokens is unknown.",
-        least=0.0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rho[0] > self.rho[1]:
-            raise FistaPrunerError(f"method proximal: rho {list(self.rho)} falls: the first penalty is the smaller one")
+    rho: tuple[float, float] = 0.15, 1.0
+    levels: int = 11
+    steps: int = 3
+    damping: float = 0.001
+    shrinkage: float = 3.0
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         metric = Metric.of(problem, self)

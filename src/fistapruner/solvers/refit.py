@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import Constraint, LayerProblem, Ridge
 from ..core.linalg import Product, damped_cholesky
 from ..errors import FistaPrunerError
-from .base import Method, Solution, keep_better_rows, setting
+from .base import Method, Solution, keep_better_rows
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,22 @@ class Refit(Method):
     the kept block of the Gram of every row by batched Cholesky, which costs about ``n^3 / 3`` times the cube of the
     kept share for each row. Rows whose error would not fall, by more than it is rounded, keep their weights, so that
     the result is never worse.
+
+    Args:
+        solver: ``cg`` or ``exact``.
+        iterations: conjugate gradient steps.
+        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal. ``exact`` raises it
+            tenfold, with a warning, until every block has a Cholesky factor.
+        shrinkage: additional ridge for the sampling error of the Gram, as of proximal; matters with few tokens.
     """
 
     name: ClassVar[str] = "refit"
     refines: ClassVar[bool] = True
 
-    solver: str = setting("cg", "cg (conjugate gradients) or exact (Cholesky).", choices=("cg", "exact"))
-    iterations: int = setting(40, "Conjugate gradient steps.", least=1)
-    damping: float = setting(
-        0.0,
-        "Ridge towards the dense weights, as a share of the mean of the Gram's diagonal. exact raises it tenfold, with "
-        "a warning, until every block has a Cholesky factor.",
-        least=0.0,
-    )
-    shrinkage: float = setting(
-        3.0, "Additional ridge for the sampling error of the Gram, as of proximal; matters with few tokens.", least=0.0
-    )
+    solver: Literal["cg", "exact"] = "cg"
+    iterations: int = 40
+    damping: float = 0.0
+    shrinkage: float = 3.0
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         if start is None:

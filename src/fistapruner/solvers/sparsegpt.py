@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
 from ..core.linalg import damped_cholesky
-from .base import Method, Solution, setting
+from .base import Method, Solution
 
 PANEL = 16
 """Columns whose updates are applied to the rest of their block at once."""
@@ -27,13 +27,17 @@ class SparseGPT(Method):
 
     It starts from the least-squares weights C, from where f grows with the same Gram. Published SparseGPT reproduces
     ``W X*``; the problem has no drift then, and C is W.
+
+    Args:
+        damping: added to the diagonal of H, as a share of its mean (the paper's 1 %).
+        block: columns whose mask is chosen together (the paper's 128).
     """
 
     name: ClassVar[str] = "sparsegpt"
     takes_start: ClassVar[bool] = False
 
-    damping: float = setting(0.01, "Added to the diagonal of H, as a share of its mean (the paper's 1 %).", least=0.0)
-    block: int = setting(128, "Columns whose mask is chosen together (the paper's 128).", least=1)
+    damping: float = 0.01
+    block: int = 128
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         centre, gram, warnings = problem.regularised(Ridge(mean=self.damping))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
 from ..errors import FistaPrunerError
-from .base import Method, Solution, keep_better_rows, setting
+from .base import Method, Solution, keep_better_rows
 from .refit import factor_blocks, refit_exact
 
 CANDIDATES = 32
@@ -31,15 +31,17 @@ class Swap(Method):
     All pairs of the 32 cheapest weights to drop and the 32 best to add are compared (for n:m: all pairs within a
     group). Two sweeps exchange the best pair, as long as that lowers f. The number of kept weights of each row or group
     does not change. The cost is of order ``n^3`` for each row. Rows whose error would not fall are left as they are.
+
+    Args:
+        swaps: largest number of exchanges in a row.
+        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal.
     """
 
     name: ClassVar[str] = "swap"
     refines: ClassVar[bool] = True
 
-    swaps: int = setting(32, "Largest number of exchanges in a row.", least=1)
-    damping: float = setting(
-        1e-4, "Ridge towards the dense weights, as a share of the mean of the Gram's diagonal.", least=0.0
-    )
+    swaps: int = 32
+    damping: float = 1e-4
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         if start is None:

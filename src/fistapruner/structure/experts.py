@@ -29,7 +29,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..models.layout import Layout
 from ..passes.store import RoutedTokens
-from ..settings.structure_settings import Remove
+from ..settings.structure import Remove
 from .units import EXPERTS, Unit, Units
 
 GROUP_COUNTS, LIMIT = re.compile(r"(n|num)_(expert_)?groups?"), re.compile(r"top_?k_groups?")

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core import LayerProblem, ProblemSums
 from ..core.linalg import alive_gram, damped_cholesky
 from ..core.sums import DriftFrom, mirror
-from ..settings.structure_settings import Structure
+from ..settings.structure import Structure
 from .choose import best_channels, channel_scores, eliminate
 from .units import block_places
 

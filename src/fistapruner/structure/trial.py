@@ -28,7 +28,7 @@ from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layerwise_weights import assign, buffers_to
 from ..models.layout import Layout
-from ..settings.structure_settings import Structure
+from ..settings.structure import Structure
 from .experts import fewer_experts, find_experts, kept_experts
 from .smaller import Widths, in_section, stored_text_config
 from .units import EXPERTS, GROUPS, Cut, Unit, Units, find_units

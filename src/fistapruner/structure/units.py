@@ -22,7 +22,7 @@ from ..models.experts import Experts
 from ..models.layerwise import LayerwiseModel
 from ..models.layerwise_weights import assign
 from ..models.layout import Layout, Operator
-from ..settings.structure_settings import Structure
+from ..settings.structure import Structure
 
 MLP, SHARED, EXPERT, GROUPS = "MLP channels", "shared expert channels", "expert channels", "key/value groups"
 """Kinds of units, as reports call them. Shared experts are MLPs in the module that holds a mixture."""
@@ -346,7 +346,7 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
         if not 0 < after < before:
             raise FistaPrunerError(
                 f"structure: {remove} leaves {max(after, 0)} of the {before} {kinds[before]}, in multiples of {step}: "
-                "give another amount or --structure-multiple"
+                "give another amount or structure.multiple"
             )
         kept[before] = after
     return kept

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
 from ..papers.mamf import shuffled
-from ..settings.align_settings import PairData
+from ..settings.align import PairData
 from .chat import Message, key_of, read_messages, says_something, template_options, write_chat
 from .sources import bos_of, document_hash, field_of, read_lines, token_ids
 from .training import TrainingText, side_facts
@@ -28,6 +28,9 @@ from .windows import text_facts
 
 TASK = "pairs"
 """Name of the one text of an alignment."""
+
+TEST = 0.1
+"""Share of the prompts that the result is measured on, and nothing else; most are trained on."""
 
 MAX_HELD_OUT_PROMPTS = 512
 """Prompts that are held out: more would take time at every check and hardly change the choice of the step."""
@@ -204,7 +207,7 @@ def _sides(prompts: Sequence[str], data: PairData, left_out: int) -> list[int]:
         )
     share = [int(digest[:16], 16) / 2**64 for digest in hashes]
     held = max(1, sum(each < data.held_out for each in share))
-    test = max(1, sum(each < data.held_out + data.test for each in share) - held)
+    test = max(1, sum(each < data.held_out + TEST for each in share) - held)
     held, test = min(held, len(hashes) - 2), min(test, len(hashes) - held - 1)
     kept = min(held, MAX_HELD_OUT_PROMPTS)
     numbers = [1] * kept + [0] * (held - kept) + [2] * test + [0] * (len(hashes) - held - test)

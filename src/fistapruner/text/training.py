@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.tokenizer import padding_id
 from ..papers.mamf import Mixture, shuffled
-from ..settings.recover_settings import TrainingData
+from ..settings.train import TrainingData
 from .chat import Example, read_training_file
 from .generate import GENERATED, generate_tokens
 from .sources import SELF, bos_of, document_hash, not_blank, passages, source_documents, token_ids
@@ -237,7 +237,7 @@ def training_text(
     Raises:
         FistaPrunerError: an unreadable source, one too short for either side, or fewer windows than the mixture needs.
     """
-    named = data.tasks or {str(data.source): str(data.source)}
+    named = data.sources
     sources = [_Source(source, seqlen) for source in named.values()]
     asked = math.ceil(data.tokens / seqlen)
     shares = _windows_of_tasks(data, len(sources), asked if windows is None else windows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..papers.mamf import Mixture
-from ..settings.calibration_settings import Calibration
+from ..settings.prune import Calibration
 from .generate import GENERATED, generate_tokens
 from .sources import LARGE, SELF, bos_of, check_source, passages, source_documents, token_ids, tokens_sha256
 

@@ -8,15 +8,16 @@ took from it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ..errors import A_FOLDER, FistaPrunerError, one_line, out_path, path_text
+from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, one_line, out_path, path_text
 from ..models.files.folder import require_new
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import permuted_tensors, read_pruning_record
@@ -58,8 +59,7 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        paths = {name: str(getattr(self, name)) for name in ("model", "adapter", "out")}
-        return {**asdict(self), **paths}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         share = f"{self.zeros} of {self.weights} ({percent(self.zeros / max(1, self.weights))})"
@@ -77,7 +77,6 @@ def merge_adapter(
     adapter: str | Path,
     out: str | Path,
     *,
-    progress: Callable[[str], None] | None = None,
     command: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -90,7 +89,6 @@ def merge_adapter(
         folder: a pruned Hugging Face folder, or a finished run.
         adapter: folder with ``adapter_config.json``.
         out: folder to make; it must not exist.
-        progress: called with the name of every pruned operator.
         command: shell line for the lineage.
         allow_pickle, trust_remote_code: see ``fistapruner.prune``.
 
@@ -101,19 +99,15 @@ def merge_adapter(
     try:
         import peft
     except ImportError:
-        raise FistaPrunerError(
-            "merging an adapter needs the package 'peft': pip install 'fistapruner[adapters]'"
-        ) from None
-    folder_of_adapter, out = Path(path_text("adapter", adapter, A_FOLDER)), out_path(out)
+        raise MissingExtraError("peft", "adapters", "merging an adapter") from None
+    adapter, out = Path(path_text("adapter", adapter, A_FOLDER)), out_path(out)
     source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
     refuse_low_rank(source.folder, "merge")
     require_new(out, source.folder)
-    record = read_pruning_record(source.folder)
-    if not (folder_of_adapter / "adapter_config.json").is_file():
-        raise FistaPrunerError(
-            f"{folder_of_adapter} is not the folder of a PEFT adapter: it has no adapter_config.json"
-        )
-    config = read_json(folder_of_adapter / "adapter_config.json")
+    config_file, record = adapter / "adapter_config.json", read_pruning_record(source.folder)
+    if not config_file.is_file():
+        raise FistaPrunerError(f"{adapter} is not the folder of a PEFT adapter: it has no {config_file.name}")
+    config = read_json(config_file)
     base = Path(str(config.get("base_model_name_or_path") or ""))
     if (permuted := permuted_tensors(record)) and base.absolute() != source.folder.absolute():
         raise FistaPrunerError(
@@ -124,24 +118,12 @@ def merge_adapter(
     whole = load_whole(source.folder, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code)
     before = {name: weight.tensor.detach().clone() for name, weight in held_weights(whole).items()}
     try:
-        merged = peft.PeftModel.from_pretrained(whole, str(folder_of_adapter)).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
-        raise FistaPrunerError(f"peft cannot merge {folder_of_adapter}: {one_line(error)}") from None
-    operators = weights = zeros = refilled = 0
-    change = masked = 0.0
-    for name, start in before.items():
-        if progress is not None:
-            progress(name)
-        weight = merged.get_parameter(name)
-        after, zero = weight.data.to(checkpoint.dtype).float(), start == 0
-        if not torch.equal(after, start.to(checkpoint.dtype).float()):
-            difference = (weight.data - start).square()
-            change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
-            operators, weights, zeros = operators + 1, weights + start.numel(), zeros + int(zero.sum())
-            refilled += int((after[zero] != 0).sum())
-        weight.data = torch.where(zero | (after == 0), start, weight.data)
+        raise FistaPrunerError(f"peft cannot merge {adapter}: {one_line(error)}") from None
+    counts = _mask(merged, before, checkpoint.dtype)
     merged.to(checkpoint.dtype).save_pretrained(out)
-    kind, name = str(config.get("peft_type")), folder_of_adapter.resolve().name
+    kind, name = str(config.get("peft_type")), adapter.resolve().name
     settings = {"adapter": name, "type": kind, "trained_on": str(base) if base.name else None}
     stage = Stage(kind="merge", command=command, finished=now(), settings=settings)
     said = f"merged the {kind} adapter {name} into {source.folder.resolve().name}, its zeros kept"
@@ -152,5 +134,21 @@ def merge_adapter(
     for name, text in model_documents(card, record_with_stage(record, stage)).items():
         write_text_atomic(out / name, text)
     check_zeros(out, checkpoint, [name for name in before if name in set(checkpoint.names())])
-    share = masked / change if change else 0.0
-    return MergeReport(source.folder, folder_of_adapter, out, kind, operators, weights, zeros, refilled, share)
+    return MergeReport(source.folder, adapter, out, kind, **counts)
+
+
+def _mask(merged: Any, before: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """Put the zeros of the weights back; return the counts of a :class:`MergeReport`."""
+    operators = weights = zeros = refilled = 0
+    change = masked = 0.0
+    for name, start in before.items():
+        weight = merged.get_parameter(name)
+        after, zero = weight.data.to(dtype).float(), start == 0
+        if not torch.equal(after, start.to(dtype).float()):
+            difference = (weight.data - start).square()
+            change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
+            operators, weights, zeros = operators + 1, weights + start.numel(), zeros + int(zero.sum())
+            refilled += int((after[zero] != 0).sum())
+        weight.data = torch.where(zero | (after == 0), start, weight.data)
+    counts = {"operators": operators, "weights": weights, "zeros": zeros, "refilled": refilled}
+    return {**counts, "masked_share": masked / change if change else 0.0}

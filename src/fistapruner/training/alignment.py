@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..measure.logits import accuracy_error, preference_figures
-from ..measure.run import add_warning
-from ..models.layerwise import LayerwiseModel
-from ..models.source import ModelSource
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..papers.mezo import ForwardOnly
 from ..papers.mrpo import (
     Preference,
@@ -35,15 +33,12 @@ from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.listener import Listener
 from ..runs.records import Alignment as Figures
 from ..runs.records import Report
-from ..runs.settled import stamps
 from ..runtime.numerics import mean_and_error
-from ..settings.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..settings.align import PREFERENCE_LOSSES, AlignRecipe
 from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs
-from ..text.training import TrainingText
+from .loss import Objective, PairObjective, PairTerms
 from .masked import Trained
-from .objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, Objective, PairObjective, PairTerms
-from .opened import Training
-from .references import ReferenceModel, reference_log_probabilities
+from .recovery import Recovery
 from .settle import Inputs, Request, find_input
 
 LOWEST_REWARD = -1.0
@@ -52,80 +47,65 @@ LOWEST_REWARD = -1.0
 RESULT = "aligned"
 
 
-class Alignment(Training):
-    """An opened run of ``align``."""
+class Alignment(Recovery):
+    """An opened run of ``align``; what is not said here is as in :class:`.Recovery`."""
 
     verb: ClassVar[str] = "align"
     settings: ClassVar[type[Any]] = AlignRecipe
     directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
     window: ClassVar[str] = "max_length"
-    run: AlignDirectory
+    progress: ClassVar[str] = "alignment steps"
     recipe: AlignRecipe
     text: Pairs
 
     @staticmethod
     def check_text(recipe: AlignRecipe) -> None:
-        """See :class:`.Training`."""
-        recipe.refuse_idle()
+        """See :class:`.Recovery`."""
         if recipe.data.pairs is None:
             raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
         read_pairs(recipe.data.pairs)
 
     @staticmethod
-    def resolved(request: Request[AlignRecipe], source: ModelSource) -> AlignRecipe:
-        """See :class:`.Training`."""
-        recipe = request.recipe
-        changes = {
-            "references": recipe.resolved_references,
-            "shares": recipe.resolved_shares,
-            "anchor": recipe.resolved_anchor,
-        }
-        return recipe.with_absolute_files().model_copy(update=changes)
+    def resolved(request: Request) -> Any:
+        """See :class:`.Recovery`."""
+        names = ("references", "anchor")
+        return request.recipe.model_copy(update={name: getattr(request.recipe, f"resolved_{name}") for name in names})
 
     @staticmethod
-    def check(inputs: Inputs[AlignRecipe], request: Request[AlignRecipe], listener: Listener) -> None:
-        """Find the other reference models.
+    def check(inputs: Inputs, request: Request, listener: Listener) -> dict[str, int]:
+        """Find the other reference models, tokenise and split the pairs.
 
         Raises:
-            FistaPrunerError: no model, or one of another tokenizer or vocabulary.
+            FistaPrunerError: no such model, or one of another tokenizer or vocabulary; too few pairs are left.
         """
-        names = []
-        for name in inputs.recipe.references:
-            if name in ("pruned", "dense"):
-                names.append(name)
-                continue
-            source = find_input(name, request.permissions, "align --references")
-            model = open_model(source, inputs.recipe)
-            tokens = source.tokenizer().get_vocab(), model.vocabulary
-            if tokens != (inputs.source.tokenizer().get_vocab(), inputs.model.vocabulary):
-                raise FistaPrunerError(
-                    f"--references {name}: its tokens are not those of {inputs.source.folder}; name models that share "
-                    "its tokenizer"
-                )
-            check_model(model)
-            names.append(str(source.folder.absolute()))
-        inputs.recipe = inputs.recipe.model_copy(update={"references": tuple(names)})
-
-    @staticmethod
-    def sizes(inputs: Inputs[AlignRecipe], listener: Listener) -> tuple[TrainingText, dict[str, int]]:
-        """Tokenise and split the pairs.
-
-        Raises:
-            FistaPrunerError: the tokenizer refuses a text, or too few pairs are left.
-        """
-        recipe = inputs.recipe
+        names, recipe = [], inputs.recipe
+        for named in recipe.references:
+            name = named
+            if named not in ("pruned", "dense"):
+                source = find_input(named, request.permissions, "align references")
+                model = open_model(source, recipe)
+                tokens = source.tokenizer().get_vocab(), model.vocabulary
+                if tokens != (inputs.source.tokenizer().get_vocab(), inputs.model.vocabulary):
+                    raise FistaPrunerError(
+                        f"references {named}: its tokens are not those of {inputs.source.folder}; name models that "
+                        "share its tokenizer"
+                    )
+                check_model(model)
+                name = str(source.folder.absolute())
+            names.append(name)
+        inputs.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
 
         def warn(sentence: str) -> None:
             listener.say(sentence)
             inputs.warnings.append(sentence)
 
         pairs = read_pairs(str(recipe.data.pairs))
-        text = tokenise_pairs(pairs, recipe.data, inputs.tokenizer, inputs.seqlen, warn)
+        inputs.text = text = tokenise_pairs(pairs, recipe.data, inputs.tokenizer, inputs.seqlen, warn)
         trained, held_out, test = (len(text.windows(side)) // 2 for side in ("trained", "held_out", "test"))
         listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
         inputs.model.check_tokens(text.tokens)
         text.facts["source"] = Path(str(recipe.data.pairs)).name
-        return text, {
+        return {
             "seqlen": text.tokens.shape[1],
             "steps": recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step),
             "stored": len(text.tokens) if recipe.resolved_anchor > 0 else 0,
@@ -133,72 +113,65 @@ class Alignment(Training):
             "together": 2,
         }
 
-    @staticmethod
-    def cut(
-        run: TrainingDirectory, inputs: Inputs[AlignRecipe], text: TrainingText | None, listener: Listener
-    ) -> TrainingText:
-        """See :class:`.Training`."""
-        assert text is not None
-        run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
-        return text
-
     def order(self) -> Tensor:
-        """See :class:`.Training`."""
+        """See :class:`.Recovery`."""
         return pair_order(self.text, self.decision.steps, self.recipe.pairs_per_step, self.recipe.data.seed)
 
     def objective(self, run: Any, windows: Tensor, listener: Listener) -> Objective:
-        """See :class:`.Training`."""
+        """See :class:`.Recovery`."""
         recipe, preference, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
-            _, stacked, weights = self.weighed(self.references(listener))
+            _, stacked, weights = self._weighed(self.references(listener))
             margins, weights = reference_margins(cast(PreferenceLoss, recipe.loss), stacked, weights, self._clip)
-            preference = Preference(margins, weights, recipe.beta, recipe.label_smoothing)
+            preference = Preference(margins, weights, recipe.beta)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
             teacher = self.teacher(chosen, listener)
-        loss = DIVERGENCE if anchor else LIKELIHOOD
-        objective = PairObjective(self.model, run, self.text, loss, teacher, **self.passes)
-        objective.terms = PairTerms(preference, float(recipe.loss == "sft"), anchor, recipe.loss == "accuracy")
-        return objective
+        terms = PairTerms(preference, float(recipe.loss == "sft"), anchor, recipe.loss == "accuracy")
+        return PairObjective(self.model, run, self.text, terms, teacher, **self.passes)
 
     def references(self, listener: Listener) -> dict[str, Tensor]:
-        """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
+        """Return the (pairs, 2) log-probabilities of the models, computed once and then read from a file.
 
-        Of a reference of the loss they are those of the steps, held out and of the test; of other models those of the
-        test. Others are NaN. A dense model that is no reference of the loss, and is not known or not found, has none.
+        A reference enters a preference loss as these two numbers a pair. Of a reference of the loss they are those of
+        the steps, held out and of the test; of the other models those of the test. Others are NaN.
         """
-        recipe, dense, dtype = self.recipe, self.decision.dense, self.decision.numerics.dtype
-        tokens = hashlib.sha256()
-        for part in (self.text.tokens, self.text.marks):
-            tokens.update(part.reshape(-1).numpy().data)  # without a copy
-        test = self.text.windows("test")
-        used = sorted({*self.order().flatten().tolist(), *self.text.windows("held_out"), *test})
-
-        def opened(name: str) -> LayerwiseModel | None:
-            if name == "dense":
-                needed = name in recipe.resolved_references or (dense is not None and dense.is_dir())
-                return self.open_dense() if needed else None
-            folder = self.decision.folder if name == "pruned" else Path(name)
-            return open_model(self.permissions.at(folder), recipe, dtype=dtype)
-
-        def reference(name: str) -> ReferenceModel:
-            windows = used if name in recipe.resolved_references else test
-            files: Any = list(self.decision.dense_stamps)
-            if name != "dense":
-                model = self.model if name == "pruned" else opened(name)
-                files = None if model is None else stamps(model.checkpoint)
-            made_from = json.dumps([files, tokens.hexdigest(), dtype, windows])
-            return ReferenceModel(lambda: opened(name), windows, hashlib.sha256(made_from.encode()).hexdigest())
-
-        found, names = None, dict.fromkeys(("pruned", *recipe.resolved_references, *(("dense",) if dense else ())))
+        found: dict[str, Tensor] = {}
         if self.world.rank == 0:
-            path, batch_size = self.run.references_file, self.decision.numerics.batch_size
-            models = {name: reference(name) for name in names}
-            found = reference_log_probabilities(path, models, self.text, batch_size, listener.say)
-        told: dict[str, Tensor] = self.world.tell(found)
-        return told
+            path = self.run.references_file
+            with suppress(FistaPrunerError, OSError):
+                file = SafetensorsFile(path)
+                found = {name: file.read(name).clone() for name in file.entries}
+                found = found if file.metadata.get("seal") == self._seal(found) else {}
+            if not found:
+                known = ("dense",) if self.decision.dense else ()
+                names = dict.fromkeys(("pruned", *self.recipe.resolved_references, *known))
+                found = {name: self._reference(name, listener) for name in names}
+                write_tensors(path, found, {"seal": self._seal(found)})
+        found = self.world.tell(found)
+        return found
 
-    def weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    def _seal(self, found: Mapping[str, Tensor]) -> str:
+        """Say what decides the log-probabilities, and their checksum."""
+        sums = [zlib.crc32(values.contiguous().numpy().data) for values in found.values()]
+        return f"{self.fingerprint} {sums}"
+
+    def _reference(self, name: str, listener: Listener) -> Tensor:
+        """Compute the (pairs, 2) log-probabilities of one model."""
+        text, recipe, windows = self.text, self.recipe, self.text.windows("test")
+        if name in recipe.resolved_references:
+            windows = sorted({*self.order().flatten().tolist(), *text.windows("held_out"), *windows})
+        listener.say(f"log-probabilities of {len(windows) // 2} pairs under the {name} model")
+        folder = self.decision.folder if name == "pruned" else Path(name)
+        dtype = self.decision.numerics.dtype
+        model = self.open_dense() if name == "dense" else open_model(self.permissions.at(folder), recipe, dtype=dtype)
+        values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
+        with model.resident():
+            objective = PairObjective(model, model.run, text, None, None, self.decision.numerics.batch_size)
+            values[[window // 2 for window in windows[::2]]] = objective.log_probabilities(windows)
+        return values
+
+    def _weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """Return the references of the loss: names, (K, pairs, 2) log-probabilities, and (K, pairs) weights.
 
         A loss without any is told against the model that went in.
@@ -208,7 +181,7 @@ class Alignment(Training):
         if recipe.weights == "per-pair":
             return names, stacked, pair_weights(stacked)
         if recipe.weights == "fixed":
-            shares = torch.tensor(recipe.resolved_shares or [1.0] * len(names), dtype=torch.float64)
+            shares = torch.ones(len(names), dtype=torch.float64)
         else:
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
             shares = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
@@ -222,7 +195,7 @@ class Alignment(Training):
         """Compute (test pairs, 2) log-probabilities of the trained model, and those of the other models."""
         windows = self.text.windows("test")
         listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
-        objective = AnswerObjective(self.model, self.runner(trained), self.text, LIKELIHOOD, None, **self.passes)
+        objective = PairObjective(self.model, self.runner(trained), self.text, None, None, **self.passes)
         own = self.world.part(windows, 2)
         found = self.world.together(windows, own, objective.log_probabilities(own).flatten()).view(-1, 2)
         return found, self.references(listener)
@@ -230,24 +203,18 @@ class Alignment(Training):
     def describe(self, measured: tuple[Tensor, dict[str, Tensor]], report: Report, listener: Listener) -> None:
         """Add to the report what the trained model prefers on the test pairs."""
         (own, references), text, recipe = measured, self.text, self.recipe
-        if self.decision.dense is not None and "dense" not in references:
-            gone = f"no preferences of the dense model, which is not at {self.decision.dense} any more"
-            add_warning(report, gone, listener)
         windows = text.windows("test")
         places = [window // 2 for window in windows[::2]]
-        names, stacked, weights = self.weighed(references)
+        names, stacked, weights = self._weighed(references)
         kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
         mixed = virtual_reference(kind, stacked, weights, self._clip)
-        models: dict[str, Tensor] = {
-            name: references[name][places] for name in ("dense", "pruned") if name in references
-        }
+        models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = margins_of(rewards)
         trained = sorted({window // 2 for window in self.order().flatten().tolist()})
         shares = weights[:, trained].mean(1).tolist()
-        (margin, margin_error), (chosen, chosen_error), (rejected, rejected_error) = (
-            mean_and_error(values) for values in (margins, rewards[:, 0], rewards[:, 1])
-        )
+        figures = {"margin": margins, "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
+        means = {name: mean_and_error(values) for name, values in figures.items()}
         report.alignment = Figures(
             pairs=len(text.windows("trained")) // 2,
             held_out_pairs=len(text.windows("held_out")) // 2,
@@ -257,15 +224,11 @@ class Alignment(Training):
             test=preference_figures({**models, RESULT: own}, text.marks[windows].sum(1).view(-1, 2), RESULT),
             reward_accuracy=float(accuracy(margins)),
             reward_accuracy_error=accuracy_error(margins),
-            margin=margin,
-            margin_error=margin_error,
-            chosen_reward=chosen,
-            chosen_reward_error=chosen_error,
-            rejected_reward=rejected,
-            rejected_reward_error=rejected_error,
+            **{name: mean for name, (mean, _) in means.items()},
+            **{f"{name}_error": error for name, (_, error) in means.items()},
         )
-        if chosen < LOWEST_REWARD:
+        if (chosen := means["chosen_reward"][0]) < LOWEST_REWARD:
             report.warnings.append(
                 f"the mean reward of the chosen answers is {chosen:.2f}: they have become much less likely than they "
-                "were; try a lower --lr, fewer --steps, a larger --beta, or --anchor 0.1"
+                "were; try a lower --lr, fewer --steps, a larger --set beta, or --set anchor=0.1"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.files.safetensors import LazyTensors
 from ..runs.store import Snapshots
-from ..runtime.files import disk_errors, read_sealed_json, sha256_file, write_sealed_json
+from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.machine import launched
-from .masked import Masters, TrainedLayer
+from .masked import TrainedLayer
 
 WAIT = timedelta(hours=6)
 """How long a process waits for process 0, which may cut text or compute the dense model's predictions."""
@@ -32,15 +33,13 @@ WAIT = timedelta(hours=6)
 
 CPU = torch.device("cpu")
 
+DONE, READY = "", "ready"
+"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
+
 
 @dataclass
 class World:
-    """The processes of a run.
-
-    Args:
-        rank: of this one; ``size``: how many there are.
-        device: of this process.
-        offload: keep what is sharded in main memory while it is not needed.
+    """The processes of a run; with ``offload`` shards rest in main memory.
 
     Attributes:
         told: process 0 has told the others something.
@@ -51,6 +50,11 @@ class World:
     device: torch.device = CPU
     offload: bool = False
     told: bool = False
+
+    def announce(self, message: str) -> None:
+        """Tell the other processes how process 0 goes on, once."""
+        if not self.told:
+            self.tell(message)
 
     def part(self, windows: Sequence[int], together: int = 1) -> list[int]:
         """Return this process's windows; those of one unit of ``together`` stay together.
@@ -89,12 +93,9 @@ class World:
         return said[0]
 
     def shard(self, layer: TrainedLayer, dtype: torch.dtype) -> None:
-        """Divide a loaded layer and its masters among the processes.
-
-        Args:
-            layer: the layer.
-            dtype: of the passes.
-        """
+        """Divide a loaded layer and its masters among several processes; passes are in ``dtype``."""
+        if self.size == 1:
+            return
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -106,15 +107,7 @@ class World:
 
 @contextmanager
 def joined(device: str, offload: bool) -> Iterator[World]:
-    """Join the processes of torchrun for the block; alone where there is one.
-
-    Args:
-        device: as the recipe says it; with CUDA every process takes the GPU of its local rank.
-        offload: see :class:`World`.
-
-    Raises:
-        FistaPrunerError: another process has ended.
-    """
+    """Join the processes of torchrun for the block, each with its own GPU; alone where there is one."""
     if (size := launched()) == 1:
         yield World()
         return
@@ -140,6 +133,8 @@ def joined(device: str, offload: bool) -> Iterator[World]:
 class ShardedSnapshots(Snapshots):
     """Snapshots that all processes write together: folders of torch's distributed checkpoint.
 
+    The record of a state is written last: a folder without one does not count.
+
     Args:
         folder: where they are.
         world: the processes.
@@ -161,53 +156,50 @@ class ShardedSnapshots(Snapshots):
         self.world.tell()
         save(dict(tensors), checkpoint_id=folder)
         if self.world.rank == 0:
-            files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-            write_sealed_json(
-                record, {"fingerprint": fingerprint, "step": step, "values": dict(values), "files": files}
-            )
+            write_sealed_json(record, {"fingerprint": fingerprint, "step": step, "values": dict(values)})
             self.tidy(step)
         self.world.tell()
 
     def tidy(self, step: int) -> None:
         """See :class:`~fistapruner.runs.store.Snapshots`; the tensors of a state are a folder."""
         super().tidy(step)
-        kept = {f"{other:08d}" for other in self.numbers()}
         for path in self.folder.glob("[0-9]" * 8):
-            if path.is_dir() and path.name not in kept:
+            if not path.with_suffix(".json").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def whole(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
-        """Find the newest whole state up to a step: its step and plain values."""
+    def values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
+        """Find the newest state of a run up to a step: its step and plain values."""
         for step in reversed([step for step in self.numbers() if step <= last]):
-            folder = self.folder / f"{step:08d}"
-            try:
-                content = read_sealed_json(folder.with_suffix(".json"))
-                files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-                if content["fingerprint"] == fingerprint and content["files"] == files:
+            with suppress(OSError, ValueError, KeyError, FistaPrunerError):
+                content = read_sealed_json(self.folder / f"{step:08d}.json")
+                if content["fingerprint"] == fingerprint:
                     return step, dict(content["values"])
-            except (OSError, ValueError, KeyError, FistaPrunerError):
-                continue
         return None
 
-    def restore(self, fingerprint: str, last: int, trained: Masters) -> dict[str, Any] | None:
-        """Load the newest whole state up to a step into what is trained.
 
-        Returns:
-            Its plain values; None where there is no such state.
-        """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict_loader import load
+def restored(states: Snapshots, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
+    """Load the newest whole state of a run up to a step into what is trained.
 
-        found = self.world.tell(self.whole(fingerprint, last) if self.world.rank == 0 else None)
-        if found is None:
+    Returns:
+        Its plain values; None where there is no such state.
+    """
+    if not isinstance(states, ShardedSnapshots):
+        if (snapshot := states.newest(fingerprint, last)) is None:
             return None
-        step, values = found
-        reader = FileSystemReader(self.folder / f"{step:08d}")
-        tensors: dict[str, Tensor] = {}
-        for full in reader.read_metadata().state_dict_metadata:
-            kind, _, name = full.partition("/")
-            parameter = trained.parameters[name].detach()
-            tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(parameter)
-        load(tensors, storage_reader=reader)
-        trained.load(tensors)
-        return dict(values)
+        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+        return snapshot.values
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = states.world.tell(states.values(fingerprint, last) if states.world.rank == 0 else None)
+    if found is None:
+        return None
+    step, values = found
+    reader = FileSystemReader(states.folder / f"{step:08d}")
+    tensors: dict[str, Tensor] = {}
+    for full in reader.read_metadata().state_dict_metadata:
+        kind, _, name = full.partition("/")
+        tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(trained.parameters[name].detach())
+    load(tensors, storage_reader=reader)
+    trained.load(tensors)
+    return dict(values)

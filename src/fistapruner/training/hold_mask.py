@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError
 from ..models.experts import holds_experts
 from ..models.files.record import MIN_ZEROS
-from .masked import local
+from .masked import local, whole
 
 
 class Weight(NamedTuple):
@@ -56,29 +56,19 @@ def hold_mask(model: nn.Module) -> HoldMask:
 
     Returns:
         A context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one byte
-        for each held weight.
+        for each held weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
 
     Raises:
-        FistaPrunerError: it is no model, nothing is pruned, or a weight has no values.
+        FistaPrunerError: nothing is pruned, or a weight has no values.
     """
     return HoldMask(model)
 
 
 class HoldMask(TrainerCallback):  # type: ignore[misc]
-    """Set gradients and weights to 0 where a model is pruned; see :func:`hold_mask`.
-
-    The model may be moved, cast, compiled or sharded (FSDP2) after the masks were taken.
-
-    Args:
-        model: the pruned model.
-
-    Attributes:
-        operators: names of the held weights.
-    """
+    """Set gradients and weights to 0 where a model is pruned; see :func:`hold_mask`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._weights = held_weights(model)
+        self._model, self._weights = model, held_weights(model)
         self._pruned = {name: local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
         self._watched: dict[str, weakref.ref[Tensor]] = {}
@@ -97,24 +87,15 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
             )
         if not self._handles:
             self._reshard()
-            own = weakref.ref(self)  # the hooks are global: they must not keep a model alive whose training failed
-
-            def before(optimizer: Any, *_: Any) -> None:
-                if (held := own()) is not None:
-                    held._mask(optimizer, gradients=True)
-
-            def after(optimizer: Any, *_: Any) -> None:
-                if (held := own()) is not None:
-                    held._mask(optimizer, gradients=False)
-
-            self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+            self._handles = [
+                register_optimizer_step_pre_hook(_weak(self._before)),
+                register_optimizer_step_post_hook(_weak(self._after)),
+            ]
             for name, weight in self._weights.items():
                 self._watch(name, weight.tensor)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._watched = [], {}
@@ -123,10 +104,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every pruned weight to 0.
-
-        Where weights are sharded, no forward pass may wait for its backward pass.
-        """
+        """Set every pruned weight to 0; of sharded weights no forward pass may wait for its backward pass."""
         self._reshard()
         for name, weight in self._weights.items():
             self._clear(name, weight.tensor)
@@ -140,7 +118,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         """
         self._reshard()
         tensors = {name: weight.tensor for name, weight in self._weights.items()}
-        lost = [(local(tensor)[self._mask_of(name, tensor)] != 0).sum() for name, tensor in tensors.items()]
+        lost = [(local(tensor)[self._mask(name, tensor)] != 0).sum() for name, tensor in tensors.items()]
         counts = torch.stack([count.to(lost[0].device) for count in lost])
         if any(hasattr(tensor, "to_local") for tensor in tensors.values()):  # all processes come to the same verdict
             torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
@@ -170,7 +148,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop masking and check the zeros (called by the trainer)."""
-        self.__exit__(None, None, None)
+        self.__exit__(None)
 
     def _reshard(self) -> None:
         """Put the shards back into their modules, which after an evaluation may hold whole copies (FSDP2)."""
@@ -180,32 +158,36 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def _watch(self, name: str, parameter: Tensor) -> None:
         """Mask a weight's gradients from now on as soon as they are computed."""
-        if not parameter.requires_grad or (name in self._watched and self._watched[name]() is parameter):
-            return
-        own = weakref.ref(self)
+        if parameter.requires_grad and (name not in self._watched or self._watched[name]() is not parameter):
+            hook = partial(_weak(self._accumulated), name)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            self._watched[name] = weakref.ref(parameter)
 
-        @torch.no_grad()
-        def hook(parameter: Tensor) -> None:
-            if (held := own()) is not None and parameter.grad is not None:
-                held._clear(name, parameter.grad)
+    def _accumulated(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._clear(name, parameter.grad)
 
-        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        self._watched[name] = weakref.ref(parameter)
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for name, parameter in self._stepped(optimizer):
+            self._accumulated(name, parameter)
 
-    @torch.no_grad()
-    def _mask(self, optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
-        """Clear the pruned places of the weights of an optimizer, or of their gradients."""
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for name, parameter in self._stepped(optimizer):
+            self._clear(name, parameter)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """Yield the held weights that an optimizer steps."""
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in ((name, weight.tensor) for name, weight in self._weights.items()):
-            tensor = parameter.grad if gradients else parameter
-            if id(parameter) in own and tensor is not None:
-                self._clear(name, tensor)
+            if id(parameter) in own:
                 self._watch(name, parameter)  # sharding may have replaced the one that was watched
+                yield name, parameter
 
+    @torch.no_grad()
     def _clear(self, name: str, tensor: Tensor) -> None:
-        local(tensor).masked_fill_(self._mask_of(name, tensor), 0.0)
+        local(tensor).masked_fill_(self._mask(name, tensor), 0.0)
 
-    def _mask_of(self, name: str, tensor: Tensor) -> Tensor:
+    def _mask(self, name: str, tensor: Tensor) -> Tensor:
         """Return the pruned places of a weight, of this process's shard if the weight is sharded."""
         pruned, part = self._pruned[name].to(tensor.device), local(tensor)
         if pruned.shape != part.shape and pruned.shape == tensor.shape:
@@ -223,10 +205,19 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         return pruned
 
 
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """Make a hook of a method that does not keep its object alive, as after a training that failed."""
+    known = weakref.WeakMethod(method)
+
+    def hook(*given: Any) -> None:
+        if (found := known()) is not None:
+            found(*given)
+
+    return hook
+
+
 def held_weights(model: nn.Module) -> dict[str, Weight]:
     """Find the weights to hold, by name."""
-    if not isinstance(model, nn.Module):
-        raise FistaPrunerError(f"model is of the class {type(model).__name__}, and a loaded model is expected")
     found = {
         name: weight
         for name, weight in _weights(model)
@@ -265,6 +256,4 @@ def _zero_share(name: str, weight: Tensor) -> float:
             f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading off, or call "
             "hold_mask after accelerator.prepare"
         )
-    count = (weight == 0).sum()
-    whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
-    return int(whole) / weight.numel()
+    return int(whole((weight == 0).sum())) / weight.numel()

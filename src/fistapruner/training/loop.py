@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from torch import Tensor
-
+from ..runs.listener import Listener
 from ..runs.steps import StepJournal
 from ..runs.store import Snapshots, snapshot_interval
 from ..runtime.show import duration
@@ -25,14 +24,8 @@ from ..runtime.show import duration
 CHECKS = 8
 """Checks on what is held out, at equal distances."""
 
-BACK_OFF = 0.3
-"""Learning-rate factor after a check that is not better."""
-
-SMALLEST = 0.02
-"""Share of the first learning rate below which training stops."""
-
-MAX_NOT_FINITE = 3
-"""Steps without a finite loss in a row after which training without gradients stops."""
+BACK_OFF, SMALLEST = 0.3, 0.02
+"""Learning-rate factor after a check that is not better, and share of the first rate below which training stops."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +60,16 @@ OURS = Descent()
 """What was measured to be good for a few hundred steps."""
 
 
-class Trainable(Protocol):
-    """What the loop needs of what is trained."""
-
-    def keep(self) -> None:
-        """Remember the present weights as the best so far."""
-
-    def restore(self) -> None:
-        """Go back to the best weights, with new moments."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return everything that a snapshot holds, by name."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` returned."""
-
-
-TakeStep = Callable[[int, float], tuple[float, float]]
-"""Takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient."""
-
-
 @dataclass
 class State:
     """The plain values of a training state.
 
     Args:
         step: steps taken.
-        before: held-out loss of the start.
-        best: lowest held-out loss so far; ``best_step``: the step that it was measured after, 0 is the start.
+        before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
         rate: factor of the learning rate, before the schedule.
-        stopped: no further steps are taken.
+        stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
         not_finite: steps in a row whose loss was not finite.
-        fault: why training stopped early, a sentence.
     """
 
     step: int = 0
@@ -110,30 +81,6 @@ class State:
     not_finite: int = 0
     fault: str | None = None
 
-    def start(self, loss: float, trained: Trainable) -> None:
-        """Make the start the first candidate."""
-        self.before = self.best = loss
-        trained.keep()
-        if not math.isfinite(loss):
-            self.stop(f"the loss of what is held out is {loss} before training")
-
-    def check(self, loss: float, trained: Trainable, *, goes_back: bool = True) -> bool:
-        """Take in the held-out loss of the present step: keep the weights if it is the lowest, else go back."""
-        if loss < self.best:
-            self.best, self.best_step = loss, self.step
-            trained.keep()
-            return True
-        if goes_back:
-            self.rate *= BACK_OFF
-            trained.restore()
-            self.stopped = self.rate < SMALLEST
-        return False
-
-    def stop(self, fault: str) -> str:
-        """End training early."""
-        self.stopped, self.fault = True, fault
-        return fault
-
 
 def check_due(step: int, steps: int) -> bool:
     """Say whether a check follows a step: after steps ``k * steps // CHECKS``, of few after every one."""
@@ -142,99 +89,111 @@ def check_due(step: int, steps: int) -> bool:
 
 @dataclass
 class Loop:
-    """One training run, whose steps are journaled and whose states are stored.
+    """One training run; it is stored where ``states`` and ``journal`` are given.
 
     Args:
-        states: its snapshots, ``journal``: path of its journal; None stores nothing. ``fingerprint``: its identity.
-        trained: what is trained.
+        trained: what is trained: it can ``keep`` its weights as the best, ``restore`` them, and has ``tensors``.
         steps: in all.
-        step: takes one.
+        step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
         tokens: returns the tokens with loss of a step.
         descent: how the learning rate changes.
         patient: how many steps in a row may lack a finite loss.
-        say: receives sentences.
-        tick: receives (steps done, steps in all).
+        states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
+        listener: receives progress; ``what``: its name.
         after_snapshot: called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
-    states: Snapshots | None
-    journal: Path | None
-    fingerprint: str
-    trained: Trainable
+    trained: Any
     steps: int
-    step: TakeStep
+    step: Callable[[int, float], tuple[float, float]]
     held_out: Callable[[], tuple[float, dict[str, float]]]
-    tokens: Callable[[int], int]
+    tokens: Callable[[int], int] = lambda number: 0
     descent: Descent = OURS
     patient: int = 1
-    say: Callable[[str], None] = lambda sentence: None
-    tick: Callable[[int, int], None] = lambda done, total: None
+    states: Snapshots | None = None
+    journal: Path | None = None
+    fingerprint: str = ""
+    listener: Listener = field(default_factory=Listener)
+    what: str = "steps"
     after_snapshot: Callable[[], None] = lambda: None
     agree: Callable[[bool], bool] = lambda due: due
 
-    def run(self, state: State | None) -> State:
-        """Take the steps that are left; the best weights are restored at the end.
-
-        Args:
-            state: where training goes on, whose tensors ``trained`` holds; None is the start.
-        """
-        self.state, self._writing, last = state or State(), 0.0, time.monotonic()
-        begun = state is not None
-        whole = self.state.step if begun else -1
+    def run(self, state: State | None = None) -> State:
+        """Take the steps after ``state``, whose tensors are loaded; then restore the best weights."""
+        whole = -1 if state is None else state.step
+        self.state, self._writing = state or State(), 0.0
         with nullcontext() if self.journal is None else StepJournal(self.journal, whole) as self._journal:
             if self.states is not None and self._journal is not None:
                 self.states.tidy(whole)
-            if begun:
-                self.say(f"going on after step {self.state.step} of {self.steps}")
-            else:
+            if state is None:
                 self._begin()
+            else:
+                self.listener.say(f"going on after step {whole} of {self.steps}")
             first, begin = self.state.step, time.monotonic()
+            last = begin
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._step()
-                if checked is not None:
-                    done = self.state.step - first
-                    self._say_check(*checked, (time.monotonic() - begin) / done * (self.steps - self.state.step))
-                self.tick(self.state.step, self.steps)
+                done, ahead = self.state.step - first, self.steps - self.state.step
+                if checked:
+                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
+                self.listener.tick(self.what, self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
-                if checked is not None or self.state.stopped or late:
+                if checked or self.state.stopped or late:
                     self._snapshot()
                     last = time.monotonic()
         self.trained.restore()
         return self.state
 
     def _begin(self) -> None:
-        begin = time.perf_counter()
-        self.say("the loss of what is held out, before training")
+        """Make the start the first candidate."""
+        begin, state = time.perf_counter(), self.state
+        self.listener.say("the loss of what is held out, before training")
         loss, by_task = self.held_out()
-        self.state.start(loss, self.trained)
+        state.before = state.best = loss
+        self.trained.keep()
+        if not math.isfinite(loss):
+            state.stopped, state.fault = True, f"the loss of what is held out is {loss} before training"
         self._note({"step": 0, "held_out": loss, "kept": True, "by_task": by_task}, begin)
-        self.say(self.state.fault or f"held-out loss {loss:.4f}")
-        self.tick(0, self.steps)
+        self.listener.say(state.fault or f"held-out loss {loss:.4f}")
+        self.listener.tick(self.what, 0, self.steps)
         self._snapshot()
 
     def _step(self) -> tuple[float, bool] | None:
         """Take one step and journal it; returns the held-out loss and whether it is the best, where due."""
-        begin, state = time.perf_counter(), self.state
-        number = state.step + 1
+        begin, state, checked = time.perf_counter(), self.state, None
+        number = state.step = state.step + 1
         factor = state.rate * self.descent.factor(number, self.steps)
         loss, size = self.step(number, factor)
         finite = math.isfinite(loss) and math.isfinite(size)
         line: dict[str, Any] = {"step": number, "loss": loss if finite else None, "lr": factor}
         line |= {"size": size if finite else None, "tokens": self.tokens(number)}
-        state.step, state.not_finite = number, 0 if finite else state.not_finite + 1
-        checked = None
+        state.not_finite = 0 if finite else state.not_finite + 1
         if state.not_finite >= self.patient:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
-            line["fault"] = state.stop(f"the {what} at step {number}, at {factor:.3g} of the first learning rate")
-            self.say(line["fault"])
+            state.stopped = True
+            line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
+            self.listener.say(state.fault)
         elif check_due(number, self.steps):
             held_out, by_task = self.held_out()
-            checked = held_out, state.check(held_out, self.trained, goes_back=self.descent.goes_back)
+            checked = held_out, self._check(held_out)
             line |= {"held_out": held_out, "kept": checked[1], "by_task": by_task}
         self._note(line, begin)
         return checked
+
+    def _check(self, loss: float) -> bool:
+        """Keep the present weights if their held-out loss is the lowest, else go back; say which."""
+        state = self.state
+        if loss < state.best:
+            state.best, state.best_step = loss, state.step
+            self.trained.keep()
+            return True
+        if self.descent.goes_back:
+            state.rate *= BACK_OFF
+            self.trained.restore()
+            state.stopped = state.rate < SMALLEST
+        return False
 
     def _note(self, line: dict[str, Any], begin: float) -> None:
         """Append a line to the journal, with the seconds since ``begin``."""
@@ -242,13 +201,13 @@ class Loop:
             self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
 
     def _say_check(self, held_out: float, kept: bool, left: float) -> None:
-        how = "kept" if kept else "not better"
-        if self.state.stopped:
+        state, how = self.state, "kept" if kept else "not better"
+        if state.stopped:
             how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
-        elif self.state.step < self.steps:
+        elif state.step < self.steps:
             how += f", about {duration(left)} left"
-        step, before = f"step {self.state.step} of {self.steps}", f"(before {self.state.before:.4f})"
-        self.say(f"{step}: held-out loss {held_out:.4f} {before}: {how}")
+        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
+        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
 
     def _snapshot(self) -> None:
         if self.states is None:
@@ -259,8 +218,3 @@ class Loop:
         self.states.write(self.fingerprint, self.state.step, asdict(self.state), self.trained.tensors())
         self._writing = time.monotonic() - begin
         self.after_snapshot()
-
-
-def descend(trained: Trainable, steps: int, step: TakeStep, held_out: Callable[[], float]) -> State:
-    """Train in memory, without a journal, as block reconstruction does; arguments as for :class:`Loop`."""
-    return Loop(None, None, "", trained, steps, step, lambda: (held_out(), {}), lambda number: 0).run(None)

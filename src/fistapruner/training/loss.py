@@ -1,22 +1,39 @@
-"""Compute losses of predicted tokens and their gradients: divergence from a model, cross-entropy.
+"""Compute the loss of windows or of preference pairs, and its gradient with respect to the masters.
 
 With ``q`` the model's and ``p`` the dense model's next-token distribution (temperature 1),
 
-    kl = sum_v p_v (log p_v - log q_v),    ce = -log q(next token),    mix = share * kl + (1 - share) * ce.
+    kl = sum_v p_v (log p_v - log q_v),    ce = -log q(next token),    mix = (kl + ce) / 2.
 
 Each is a divergence of ``q`` from a *target* distribution ``t`` (``p``, the next token, a mix of both), so its gradient
-with respect to ``log q`` is ``-t``. Logits are reduced in blocks of rows that fit a core's cache; no logit outlives its
-slice.
+with respect to ``log q`` is ``-t``. The windows of a step pass in batches: embeddings, decoder layers with their
+effective tensors, then the final norm and the head in slices of tokens, where loss and gradient are computed together,
+so that no logits outlive their slice. With checkpointing a decoder layer keeps its input only, and runs again on the
+way back (torch.utils.checkpoint).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ..runtime.numerics import BUDGETS, Budgets
+from ..models.layerwise import Call, LayerwiseModel
+from ..papers.mrpo import Preference, margins_of
+from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..text.training import TrainingText
+from .teacher import Teacher
+
+LENGTHS = 32
+"""Windows of pairs are cut to multiples of this many tokens, so that few lengths occur."""
+
+Run = Callable[[int, Tensor, Call], Tensor]
+"""Runs decoder layer (index, hidden states, its other arguments)."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +41,10 @@ class TokenLoss:
     """A loss of predicted tokens.
 
     Args:
-        share: of the divergence; the rest is cross-entropy.
+        share: of the divergence from the dense model; the rest is cross-entropy.
     """
 
     share: float
-
-    @classmethod
-    def named(cls, name: str, mix: float = 0.5) -> TokenLoss:
-        """Return the loss ``kl``, ``ce``, or ``mix`` with the share ``mix`` of kl."""
-        return cls({"kl": 1.0, "ce": 0.0, "mix": mix}[name])
 
     def tokens(
         self,
@@ -42,11 +54,10 @@ class TokenLoss:
         factor: float | None = None,
         budgets: Budgets = BUDGETS,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the loss of every token.
+        """Compute the loss of every token, in blocks of rows that fit a core's cache.
 
         Args:
-            logits: (tokens, vocabulary) of the model.
-            targets: (tokens,) the tokens that follow.
+            logits: (tokens, vocabulary) of the model; ``targets``: (tokens,) the tokens that follow.
             dense: (tokens, vocabulary) logits of the dense model; not needed for cross-entropy alone.
             factor: of the gradient; None computes none.
             budgets: bytes of logits at once.
@@ -54,8 +65,7 @@ class TokenLoss:
         Returns:
             (tokens,) losses, and ``factor`` times the gradient of their sum with respect to ``logits``.
         """
-        losses: list[Tensor] = []
-        gradient = None if factor is None else torch.empty_like(logits)
+        losses, gradient = [], None if factor is None else torch.empty_like(logits)
         for start, stop in budgets.cache(logits):
             own = logits[start:stop].detach().float().log_softmax(-1)
             value, target = self._target(own, targets[start:stop], None if dense is None else dense[start:stop])
@@ -70,8 +80,7 @@ class TokenLoss:
         index = targets[:, None]
         if self.share == 0.0:
             return -own.gather(1, index)[:, 0], torch.zeros_like(own).scatter_(1, index, 1.0)
-        if dense is None:
-            raise ValueError("a divergence needs the dense model's logits")
+        assert dense is not None
         log_p = dense.float().log_softmax(-1)
         target = log_p.exp()
         # Where the dense model gives a token probability 0 (a padded vocabulary), the term is 0 for any model.
@@ -81,3 +90,219 @@ class TokenLoss:
             target = target.mul_(self.share)
             target = target.scatter_(1, index, target.gather(1, index) + (1 - self.share))
         return value, target
+
+
+LIKELIHOOD, DIVERGENCE = TokenLoss(0.0), TokenLoss(1.0)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Losses of tokens behind the final norm and the head, in slices whose logits are not kept.
+
+    ``apply(rows, model, targets, loss, dense, factor, budgets)`` returns ``factor`` times the (tokens,) fp64 losses of
+    (tokens, width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits; it is
+    None where the loss needs none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, model: LayerwiseModel, *args: Any) -> Tensor:
+        """Compute the losses, and the gradient of each with respect to its row."""
+        targets, loss, dense, factor, budgets = args
+        needed = ctx.needs_input_grad[0]
+        losses, below = [rows.new_zeros(0, dtype=torch.float64)], torch.zeros_like(rows)
+        # No more rows than the model takes in one window.
+        budget = min(budgets.head // 2, 4 * model.vocabulary * model.max_head_rows)
+        for start, stop in slices(len(targets), 4 * model.vocabulary, budget):
+            with torch.set_grad_enabled(needed):
+                part = rows[start:stop].detach().requires_grad_(needed)
+                logits = model.head(part, gradients=needed)
+            wanted = None if dense is None else dense(start, stop)
+            found, above = loss.tokens(logits, targets[start:stop], wanted, factor if needed else None, budgets)
+            losses.append(found.double())
+            if above is not None:
+                (below[start:stop],) = torch.autograd.grad(logits, part, above)
+        ctx.save_for_backward(below)
+        return torch.cat(losses).mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> Any:
+        """Multiply the gradient of each row, rounded once."""
+        (below,) = ctx.saved_tensors
+        return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
+
+
+class Objective:
+    """The loss of windows of a text under a model with some of its tensors replaced.
+
+    Args:
+        model: the pruned model, resident. Its embeddings, final norm and head are used as they are.
+        run: runs a decoder layer of it.
+        text: the windows, and which of their tokens carry loss.
+        loss: of each token, a :class:`TokenLoss`; of pairs :class:`PairTerms`.
+        teacher: the dense model's predictions; needed where the loss has a divergence.
+        batch_size: windows in one pass.
+        checkpointing: keep only the inputs of decoder layers for the way back; the bits of the result are the same.
+        budgets: bytes of logits at once.
+    """
+
+    together = 1
+    """Windows that no pass may part."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        run: Run,
+        text: TrainingText,
+        loss: Any,
+        teacher: Teacher | None,
+        batch_size: int,
+        *,
+        checkpointing: bool = False,
+        budgets: Budgets = BUDGETS,
+    ) -> None:
+        self.model, self.run, self.text, self.loss, self.teacher = model, run, text, loss, teacher
+        self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
+
+    def resident(self, *, shared: bool = True) -> AbstractContextManager[None]:
+        """Keep the final norm and head of the dense model loaded for the block.
+
+        They are the trained model's own, if ``shared``, where they are the same: not where these change in place.
+        """
+        if self.teacher is None:
+            return nullcontext()
+        return self.teacher.dense.resident(layers=False, like=self.model if shared else None)
+
+    def counts(self, windows: Sequence[int]) -> Tensor:
+        """Count the (windows,) tokens that carry loss, or pairs, that each window's loss is a sum over."""
+        return self.text.counts[list(windows)]
+
+    def loss_tokens(self, windows: Sequence[int]) -> Tensor:
+        """Count the tokens with loss of windows."""
+        return self.text.loss_tokens[list(windows)].sum()
+
+    @torch.no_grad()
+    def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
+        """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` replaces the own."""
+        return self._each(windows, self._reduce, run or self.run)
+
+    def backward(self, windows: Sequence[int], count: float | None = None) -> float:
+        """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
+        count = count or max(1.0, float(self.counts(windows).sum()))
+        total = 0.0
+        with ordered_attention(self.model.device):
+            for _, batch in self._batches(windows):
+                loss = self._reduce(self._hidden(batch, self.run), batch, 1 / count).sum()
+                total += float(loss.detach())
+                if loss.requires_grad:
+                    loss.backward()
+        return total
+
+    def _each(self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run) -> Tensor:
+        """Return one fp64 number for each window."""
+        found = torch.zeros(len(windows), dtype=torch.float64)
+        for places, batch in self._batches(windows):
+            found[places] = reduce(self._hidden(batch, run), batch)
+        return found
+
+    def _length(self, windows: Sequence[int]) -> int:
+        """Return the tokens of each of these windows that are passed."""
+        return self.text.tokens.shape[1]
+
+    def _batches(self, windows: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield places and numbers of the windows of each pass; like lengths pass together."""
+        units = [range(start, start + self.together) for start in range(0, len(windows), self.together)]
+        units.sort(key=lambda unit: self._length([windows[place] for place in unit]))
+        size = max(1, self.batch_size // self.together)
+        for start in range(0, len(units), size):
+            places = [place for unit in units[start : start + size] for place in unit]
+            yield places, [windows[place] for place in places]
+
+    def _hidden(self, windows: list[int], run: Run) -> Tensor:
+        """Compute the (windows, tokens, width) output of the last decoder layer."""
+        hidden, calls = self.model.embed(self.text.tokens[windows, : self._length(windows)])
+        again = self.checkpointing and torch.is_grad_enabled()
+        for index, call in enumerate(calls):
+            if again:
+                hidden = checkpoint(run, index, hidden, call, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = run(index, hidden, call)
+        return hidden
+
+    def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
+        """Return ``factor`` times the (windows,) fp64 losses of the last layer's output."""
+        return self._token_sums(hidden, windows, self.loss, factor)
+
+    def _marked(self, windows: Sequence[int], length: int) -> Tensor:
+        """Return the (windows, length) positions whose next token carries loss."""
+        marks = self.text.marks[list(windows), :length]
+        return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
+
+    def _token_sums(self, hidden: Tensor, numbers: list[int], loss: TokenLoss, factor: float = 1.0) -> Tensor:
+        """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
+        device, teacher, dense = self.model.device, self.teacher, None
+        windows, positions = self._marked(numbers, hidden.shape[1]).nonzero(as_tuple=True)
+        targets = self.text.tokens[numbers][windows, positions + 1].to(device)
+        if teacher is not None and loss.share > 0:
+            states = [teacher.hidden(number)[positions[windows == at]] for at, number in enumerate(numbers)]
+            stored, model = torch.cat(states), teacher.dense
+
+            def dense(start: int, stop: int) -> Tensor:
+                return model.head(stored[start:stop].to(device, model.dtype))
+
+        rows = hidden[windows.to(device), positions.to(device)]
+        losses = HeadLoss.apply(rows, self.model, targets, loss, dense, factor, self.budgets)
+        return torch.zeros(len(numbers), dtype=torch.float64).index_add(0, windows, losses.cpu())
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """What the loss of a pair is the sum of.
+
+    Args:
+        preference: loss of both answers against the references; None has none.
+        likelihood: factor of the mean cross-entropy of the chosen answer's tokens.
+        anchor: factor of the mean divergence from the dense model's predictions there; needs a teacher.
+        accuracy: count pairs whose chosen answer is not the more likely one; it has no gradient.
+    """
+
+    preference: Preference | None = None
+    likelihood: float = 0.0
+    anchor: float = 0.0
+    accuracy: bool = False
+
+
+class PairObjective(Objective):
+    """The loss of preference pairs (:class:`PairTerms`); it stands at the window of the chosen answer.
+
+    Both answers of a pair are in one pass.
+    """
+
+    together = 2
+
+    def _length(self, windows: Sequence[int]) -> int:
+        """See :class:`Objective`; what is left out is padding."""
+        longest = int(self.text.lengths[list(windows)].max())  # type: ignore[attr-defined]
+        return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
+
+    @torch.no_grad()
+    def log_probabilities(self, windows: Sequence[int]) -> Tensor:
+        """Compute the (pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
+        likelihood = partial(self._token_sums, loss=LIKELIHOOD)
+        return -self._each(windows, likelihood, self.run).view(-1, 2)
+
+    def loss_tokens(self, windows: Sequence[int]) -> Tensor:
+        """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""
+        every = slice(None) if self.loss.preference is not None else slice(None, None, 2)
+        return self.text.loss_tokens[list(windows)][every].sum()
+
+    def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
+        terms, chosen = self.loss, windows[::2]
+        tokens = self._marked(chosen, hidden.shape[1]).sum(1).clamp_min(1)
+        answers = -self._token_sums(hidden, windows, LIKELIHOOD).view(-1, 2)
+        found = -terms.likelihood * answers[:, 0] / tokens
+        if terms.preference is not None:
+            found = found + terms.preference.losses(margins_of(answers), [number // 2 for number in chosen])
+        if terms.accuracy:
+            found = found + (answers[:, 0] <= answers[:, 1]).double()
+        if terms.anchor:
+            found = found + terms.anchor * self._token_sums(hidden[::2], chosen, DIVERGENCE) / tokens
+        return factor * torch.stack([found, torch.zeros_like(found)], 1).flatten()

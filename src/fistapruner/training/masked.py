@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FistaPrunerError
-from ..models.discovery import linear_modules, router_check
+from ..models.discovery import router_check
 from ..models.files.low_rank import LowRankAdapter
-from ..models.layerwise import LayerwiseModel, hidden_of
+from ..models.layerwise import Call, LayerwiseModel, hidden_of
 from ..models.layout import Layout
 from ..runtime.numerics import seeded
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .loop import OURS, Descent
 
 ITSELF = ""
@@ -54,20 +52,15 @@ class Form(ABC):
 
     @abstractmethod
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Make the fp32 masters at the start, by short name.
-
-        Args:
-            weight: (m, n) pruned weight, fp32.
-            generator: of the CPU, for random values.
-        """
+        """Make the fp32 masters of an (m, n) pruned weight, fp32, by short name; ``generator`` is of the CPU."""
 
     @abstractmethod
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
         """Compute the (m, n) effective weight, differentiable, from the pruned weight and the masters."""
 
-    @abstractmethod
     def rate(self, columns: int) -> float | None:
         """Return the first learning rate for an operator with so many inputs; None is :data:`SHARE`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -80,18 +73,10 @@ class Full(Form):
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
         return masters[ITSELF]
 
-    def rate(self, columns: int) -> float | None:
-        return None
-
 
 @dataclass(frozen=True)
 class Lora(Form):
-    """A masked low-rank change.
-
-    Args:
-        rank: r; at most min(m, n) is used.
-        scale: c.
-    """
+    """A masked low-rank change: rank r, at most min(m, n), and scale c."""
 
     rank: int
     scale: float
@@ -116,87 +101,84 @@ def uniform(rank: int, weight: Tensor, generator: torch.Generator) -> Tensor:
 
 def form_of(recipe: TrainingRecipe) -> Form | None:
     """Return the form of the operators that a recipe trains; None for norms and biases only."""
-    if recipe.parameters == "spp":
-        from ..papers.spp import Spp
+    from ..papers.spp import Spp
 
-        return Spp(recipe.rank, recipe.scale)
-    return {"lora": Lora(recipe.rank, recipe.scale), "full": Full(), "norms": None}[recipe.parameters]
+    forms = {"lora": Lora, "spp": Spp}
+    if recipe.parameters in forms:
+        return forms[recipe.parameters](recipe.rank, recipe.scale)
+    return Full() if recipe.parameters == "full" else None
 
 
 def descent_of(recipe: TrainingRecipe) -> Descent:
     """Return how the learning rate of a recipe changes, and AdamW's constants."""
-    if recipe.zeroth_order:
-        from ..papers.mezo import PUBLISHED
+    from ..papers import mezo, spp
 
-        return PUBLISHED
-    if recipe.as_published:
-        from ..papers.spp import PUBLISHED
-
-        return PUBLISHED
-    return OURS
+    return mezo.PUBLISHED if recipe.zeroth_order else spp.PUBLISHED if recipe.as_published else OURS
 
 
 class TrainedLayer(nn.Module):
     """A loaded decoder layer and the masters of what is trained in it.
 
     Args:
-        layer: the layer, its parameters frozen.
+        model: the pruned model; ``index``: number of the layer, whose parameters are frozen.
         pruned: form of each pruned weight by its name inside the layer, and whether the layer holds it as (n, m).
-        others: names inside the layer of tensors that are trained as they are.
-        generator: makes the generator of a tensor's random start values from its name.
-        added: adds a fixed low-rank part to an effective weight, by its name inside the layer; None adds nothing.
+        also: train the layer's :func:`vectors`, too.
+        seed: of random start values.
+        low_rank: a fixed low-rank part that is added to effective weights; None adds nothing.
+
+    Attributes:
+        masters: by key; ``keys``: of each tensor's masters, by its name inside the layer and their short names;
+            ``masked``: of those whose zeros are kept by masking gradients.
     """
 
     def __init__(
         self,
-        layer: nn.Module,
+        model: LayerwiseModel,
+        index: int,
         pruned: Mapping[str, tuple[Form, bool]],
-        others: Iterable[str],
-        generator: Callable[[str], torch.Generator],
-        added: Callable[[str, Tensor], Tensor] | None = None,
+        also: bool = True,
+        seed: int = 0,
+        low_rank: LowRankAdapter | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.pruned, self._added = layer, dict(pruned), added
-        self.masters = nn.ParameterDict()
-        self.keys: dict[str, dict[str, str]] = {}
-        for name in (*self.pruned, *others):
-            exact = layer.get_parameter(name).detach().float()
-            if name in self.pruned:
-                started = self.pruned[name][0].start(self.matrix(name, exact), generator(name))
-            else:
-                started = {ITSELF: exact.clone()}
+        self.layer, self.pruned, self._low_rank = model.layers[index], dict(pruned), low_rank
+        self._full = {name: model.full_name(index, name) for name in pruned}
+        self.masters, self.keys = nn.ParameterDict(), dict[str, dict[str, str]]()
+        for name in (*pruned, *(sorted(vectors(self.layer)) if also else ())):
+            started = {ITSELF: self.layer.get_parameter(name).detach().float().clone()}
+            if name in pruned:
+                generator = seeded(seed, "start", model.source_of(index, name))
+                started = pruned[name][0].start(self.matrix(name, started[ITSELF]), generator)
             self.keys[name] = {short: f"{name}/{short}".replace(".", "/") for short in started}
             for short, value in started.items():
                 self.masters[self.keys[name][short]] = nn.Parameter(value.contiguous())
+        self.masked = {self.keys[name][ITSELF] for name in pruned if ITSELF in self.keys[name]}
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
         """Turn a pruned weight as the layer holds it into (m, n), and back."""
         return tensor.T if name in self.pruned and self.pruned[name][1] else tensor
 
-    def start(self, name: str) -> Tensor:
-        """Return a tensor as the layer holds it, (m, n) where it is pruned."""
-        return self.matrix(name, whole(self.layer.get_parameter(name).detach()))
-
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Compute one effective tensor, differentiable; a fixed low-rank part is left out.
+        """Compute one effective tensor, differentiable, without a fixed low-rank part.
 
         The pruned weight, and the masked product of lora, are in ``dtype``.
         """
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
-        weight: Tensor = self.pruned[name][0].weight(self.start(name).to(dtype), masters)
-        return self.matrix(name, weight)
+        start = self.matrix(name, whole(self.layer.get_parameter(name).detach()))
+        return self.matrix(name, self.pruned[name][0].weight(start.to(dtype), masters))
 
     def values(self) -> dict[str, Tensor]:
         """Compute all effective tensors as the passes use them, by name inside the layer."""
         found = {}
         for name in self.keys:
             dtype = self.layer.get_parameter(name).dtype
-            if self._added is not None and name in self.pruned:
-                found[name] = self._added(name, self.exact(name)).to(dtype)
-            else:
+            if self._low_rank is None or name not in self.pruned:
                 found[name] = self.exact(name, dtype).to(dtype)
+            else:
+                transposed = self.pruned[name][1]
+                found[name] = self._low_rank.added(self._full[name], self.exact(name), transposed=transposed).to(dtype)
         return found
 
     def forward(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -204,12 +186,20 @@ class TrainedLayer(nn.Module):
         return hidden_of(torch.func.functional_call(self.layer, self.values(), (hidden, *args), kwargs))
 
 
+def trained_layer(
+    model: LayerwiseModel, layout: Layout, index: int, recipe: TrainingRecipe, low_rank: LowRankAdapter | None = None
+) -> TrainedLayer:
+    """Make the masters of a decoder layer that a recipe wants; without values where it has no weights."""
+    form = form_of(recipe)
+    pruned = {f"{each.name}.weight": (form, each.transposed) for each in layout.in_layer(index)} if form else {}
+    return TrainedLayer(model, index, pruned, bool(recipe.also), recipe.seed, low_rank)
+
+
 class Masters:
     """Masters of one or several layers, and AdamW's state for them (Loshchilov & Hutter 2019).
 
     Args:
-        parameters: the masters, by unique names.
-        rates: first learning rate of each.
+        parameters: the masters, by unique names; ``rates``: first learning rate of each.
         masked: names of those whose zeros are kept by masking gradients.
         descent: AdamW's constants.
     """
@@ -231,10 +221,10 @@ class Masters:
             {"params": [each], "name": name, "weight_decay": self.descent.decay if each.ndim > 1 else 0.0}
             for name, each in self.parameters.items()
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True) if groups else None
+        self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True)
 
-    def step(self, factor: float, scale: float = 1.0) -> float:
-        """Take one step at ``factor`` times the first learning rates; gradients, ``scale`` times, are used up.
+    def step(self, factor: float) -> float:
+        """Take one step at ``factor`` times the first learning rates; gradients are used up.
 
         Returns:
             The norm of the gradient. Where it is not finite, no step is taken.
@@ -243,16 +233,12 @@ class Masters:
             if (gradient := self.parameters[name].grad) is not None:
                 local(gradient).mul_(mask)
         gradients = [each.grad for each in self.parameters.values() if each.grad is not None]
-        for gradient in gradients if scale != 1.0 else ():
-            gradient.div_(scale)
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if self.optimizer is not None:
-            if math.isfinite(size):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.rates[group["name"]] * factor
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+        size = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        if math.isfinite(size):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rates[group["name"]] * factor
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         return size
 
     @torch.no_grad()
@@ -272,43 +258,33 @@ class Masters:
         found = {f"trained/{name}": each.detach() for name, each in self.parameters.items()}
         found |= {f"best/{name}": value for name, value in self._best.items()}
         for name, each in self.parameters.items():
-            state = self.optimizer.state.get(each, {}) if self.optimizer is not None else {}
-            found |= {f"{key}/{name}": value for key, value in state.items()}
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(each, {}).items()}
         return found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` returned.
-
-        Raises:
-            FistaPrunerError: a tensor that is not trained here.
-        """
+        """Take over what :meth:`tensors` returned."""
         self._new_moments()
         for full in tensors:
             kind, _, name = full.partition("/")
-            if name not in self.parameters:
-                raise FistaPrunerError(f"the snapshot's tensor {full!r} is not trained by this recipe")
             parameter = self.parameters[name]
             if kind == "trained":
                 parameter.copy_(tensors[full])
             elif kind == "best":
                 self._best[name] = tensors[full].to(parameter.device, copy=True)
-            elif self.optimizer is not None:
-                value = tensors[full].clone()
-                self.optimizer.state[parameter][kind] = value.to(parameter.device)
+            else:
+                self.optimizer.state[parameter][kind] = tensors[full].clone().to(parameter.device)
 
 
 class Trained(Masters):
     """The masters of all decoder layers of a resident pruned model.
 
     Args:
-        model: the pruned model, resident (:meth:`~fistapruner.models.layerwise_weights.LayerwiseWeights.resident`), or
-            its decoder layers still to be loaded.
-        layout: operators to train; others stay as they are.
+        model: the pruned model; ``layout``: operators to train, others stay as they are.
         recipe: form, rates, seed.
         low_rank: the low-rank part that belongs to the model, which stays as it is.
-        loaded: keeps the decoder layers loaded that are not yet.
-        shard: divides each layer among several processes; None leaves it as it is.
+        prepare: called with the number of each decoder layer first, to load it.
+        shard: called with each layer, to divide it among several processes.
 
     Attributes:
         numbers: how many are trained; of a masked tensor those that are not zero.
@@ -320,96 +296,70 @@ class Trained(Masters):
         layout: Layout,
         recipe: TrainingRecipe,
         low_rank: LowRankAdapter | None = None,
-        loaded: ExitStack | None = None,
-        shard: Callable[[TrainedLayer], None] | None = None,
+        prepare: Callable[[int], Any] = lambda index: None,
+        shard: Callable[[TrainedLayer], Any] = lambda layer: None,
     ) -> None:
-        self.model, self.form = model, form_of(recipe)
-        part = None if low_rank is None else low_rank.loaded(model.device)
-        self.layers: list[TrainedLayer] = []
-        parameters: dict[str, nn.Parameter] = {}
+        self.model, self.layers, self.numbers = model, list[TrainedLayer](), 0
+        part, form = None if low_rank is None else low_rank.loaded(model.device), form_of(recipe)
+        typical = form.rate(model.width) if form else None
+        places: dict[str, tuple[TrainedLayer, str]] = {}
         rates: dict[str, float] = {}
-        masked: list[str] = []
-        self.numbers = 0
-        self._sources: list[dict[str, str]] = []
-        for index, layer in enumerate(model.layers):
-            if loaded is not None:
-                loaded.enter_context(model.layer(index))
-            operators = layout.in_layer(index) if self.form else ()
-            pruned = {f"{each.name}.weight": (self.form, each.transposed) for each in operators if self.form}
-            others = sorted(vectors(layer, recipe.also))
-            sources = {name: model.source_of(index, name) for name in (*pruned, *others)}
-
-            def generator(name: str, sources: Mapping[str, str] = sources) -> torch.Generator:
-                return seeded(recipe.seed, "start", sources[name])
-
-            def added(name: str, value: Tensor, index: int = index, pruned: Mapping[str, Any] = pruned) -> Tensor:
-                assert part is not None
-                return part.added(model.full_name(index, name), value, transposed=pruned[name][1])
-
-            trained = TrainedLayer(layer, pruned, others, generator, None if part is None else added)
-            places = {
-                f"{sources[name]}.{short}" if short else sources[name]: (name, short, key)
-                for name, keys in trained.keys.items()
-                for short, key in keys.items()
-            }
-            for full, (name, short, key) in places.items():
-                master = trained.masters[key].detach()
-                columns = trained.start(name).shape[-1] if name in pruned else None
-                rates[full] = first_rate(recipe, self.form, columns, model.width, master)
-                self.numbers += int((master != 0).sum()) if name in pruned and not short else master.numel()
-            if shard is not None:
-                shard(trained)
-            parameters |= {full: trained.masters[key] for full, (_, _, key) in places.items()}
-            masked += [full for full, (name, short, _) in places.items() if name in pruned and not short]
-            self.layers.append(trained)
-            self._sources.append(sources)
+        for index in range(len(model)):
+            prepare(index)
+            layer = trained_layer(model, layout, index, recipe, part)
+            for name, keys in layer.keys.items():
+                columns = layer.matrix(name, layer.layer.get_parameter(name)).shape[-1]
+                own = form.rate(columns) if form and name in layer.pruned else None
+                for short, key in keys.items():
+                    full = ".".join(filter(None, (model.source_of(index, name), short)))
+                    master, places[full] = layer.masters[key].detach(), (layer, key)
+                    rates[full] = first_rate(recipe, own, typical, master)
+                    self.numbers += int((master != 0).sum()) if key in layer.masked else master.numel()
+            shard(layer)
+            self.layers.append(layer)
+        parameters = {full: layer.masters[key] for full, (layer, key) in places.items()}
+        masked = [full for full, (layer, key) in places.items() if key in layer.masked]
         super().__init__(parameters, rates, masked, descent_of(recipe))
 
-    def run(self, index: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """Run decoder layer ``index`` with its effective tensors."""
         found: Tensor = self.layers[index](hidden, *call)
         return found
 
     @torch.no_grad()
-    def result(self, index: int) -> dict[str, Tensor]:
-        """Return the changed tensors of a layer by checkpoint name, on the CPU.
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the changed tensors by checkpoint name, on the CPU, rounded as the checkpoint stores them.
 
-        They are rounded as the checkpoint stores them. Zeros are those of the file that was read, and ``+0.0``; a
-        weight that would be rounded to 0 stays as it was.
+        Zeros are those of the file that was read, and ``+0.0``; a weight that would be rounded to 0 stays as it was.
         """
-        found, layer = {}, self.layers[index]
-        for name, source in self._sources[index].items():
-            before = self.model.checkpoint.read(source)
-            after = self.model.result(source, layer.exact(name).contiguous()).to(before.dtype)
-            if name in layer.pruned:
-                after = torch.where((before == 0) | (after == 0), before + 0.0, after)
-            if not torch.equal(after, before):
-                found[source] = after
-        return found
+        for index, layer in enumerate(self.layers):
+            for name in layer.keys:
+                source = self.model.source_of(index, name)
+                before = self.model.checkpoint.read(source)
+                after = self.model.result(source, layer.exact(name).contiguous()).to(before.dtype)
+                if name in layer.pruned:
+                    after = torch.where((before == 0) | (after == 0), before + 0.0, after)
+                if not torch.equal(after, before):
+                    yield source, after
 
 
-def first_rate(recipe: TrainingRecipe, form: Form | None, columns: int | None, width: int, master: Tensor) -> float:
-    """Compute the first learning rate of a master.
+def first_rate(recipe: TrainingRecipe, own: float | None, typical: float | None, master: Tensor) -> float:
+    """Compute the first learning rate of a master from its start values.
 
-    ``lr: auto`` is the form's own rate, or :data:`SHARE` of the root mean square of what is trained; an alignment takes
-    :attr:`~fistapruner.settings.training_settings.TrainingRecipe.rate_share` of it. A given ``lr`` is absolute for
-    low-rank masters and a share for all others; norms and biases beside low-rank masters take the share that stands to
-    :data:`SHARE` as ``lr`` to the form's own rate.
+    A given ``lr`` is absolute for low-rank masters, and a share of the root mean square for others; norms and biases
+    beside low-rank masters take :data:`SHARE` times ``lr / typical``. Of ``lr: auto`` an alignment takes a share.
 
     Args:
         recipe: settings.
-        form: of the operators.
-        columns: n of a pruned operator; None for norms and biases.
-        width: n of a typical operator.
+        own: rate of the operator's form (:meth:`Form.rate`); None for norms and biases, and for ``full``.
+        typical: that of a typical operator.
         master: start values.
     """
-    own = None if form is None or columns is None else form.rate(columns)
     size = root_mean_square(master)
     if recipe.lr == "auto":
         return recipe.rate_share * (SHARE * size if own is None else own)
     if own is not None:
         return recipe.lr
-    typical = None if form is None else form.rate(width)
     return recipe.lr * size if typical is None else recipe.lr / typical * SHARE * size
 
 
@@ -430,20 +380,8 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
-    """Return the names of a decoder layer's vectors: biases of linear operators, and others, called norms.
-
-    Those of routers are left out, as their weights are.
-
-    Args:
-        layer: the layer; its weights may be on the meta device.
-        also: ``norms``, ``biases``.
-    """
-    biases = {f"{name}.bias" for name, module in linear_modules(layer) if module.bias is not None}
+def vectors(layer: nn.Module) -> set[str]:
+    """Return the names of a decoder layer's norms and biases, but for those of routers."""
     routes = router_check(layer)
-    found = {
-        name
-        for name, tensor in layer.named_parameters()
-        if tensor.ndim <= 1 and tensor.is_floating_point() and not routes(name, tensor.numel())
-    }
-    return {name for name in found if ("biases" if name in biases else "norms") in also}
+    tensors = layer.named_parameters()
+    return {n for n, each in tensors if each.ndim <= 1 and each.is_floating_point() and not routes(n, each.numel())}

@@ -10,7 +10,6 @@ once.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,10 +27,10 @@ from ..runtime.devices import free_device_memory, free_memory, release_memory, r
 from ..runtime.files import existing_folder
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from ..runtime.show import counted, duration, size
-from ..settings.training_settings import TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .loop import CHECKS
-from .loss import TokenLoss
-from .masked import TrainedLayer, form_of, vectors
+from .loss import LIKELIHOOD, HeadLoss
+from .masked import trained_layer
 
 GROWTH, RESERVE = 256 * 2**20, 0.9
 """Memory that comes after the plan (code, text, fragments), and the share of free memory that a run may take."""
@@ -42,14 +41,10 @@ MASTER_BYTES = 4 + 4 + 8 + 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run that trains will need.
+    """What a run that trains will need: bytes, windows in one pass, and seconds.
 
-    Args:
-        parameters: what is trained.
-        batch_size: windows in one pass; ``checkpointing``: decoder layers run twice.
-        memory: bytes at the peak, by part; ``kind``: of memory; ``limit``: bytes that the run may use.
-        disk: bytes of the run directory; ``free``: of its disk.
-        steps: of training; ``step_seconds``: of one; ``seconds``: of all steps and checks.
+    ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
+    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
     """
 
     parameters: str
@@ -105,13 +100,10 @@ def plan_training(
     """Plan a run that trains; the plan says where it does not fit.
 
     Args:
-        model: the pruned model; ``layout``: its operators to train.
-        recipe: all settings, resolved.
+        model: the pruned model; ``layout``: its operators to train; ``recipe``: all settings, resolved.
         out: the run directory; its disk must have the space.
-        seqlen: tokens in a window.
-        steps: optimizer steps.
-        stored: windows whose predictions by the dense model are stored.
-        held_out: windows held out.
+        seqlen: tokens in a window; ``steps``: of the optimizer.
+        stored: windows whose predictions by the dense model are stored; ``held_out``: windows held out.
         together: windows that no pass may part.
     """
     device, zeroth, layers = model.device, recipe.zeroth_order, len(model)
@@ -166,21 +158,19 @@ def _measure(
         Trained numbers of all layers, bytes that a layer keeps for the way back, seconds of the layer and of the head.
     """
     model.check()
-    form, numbers = form_of(recipe), 0
-    for number, layer in enumerate(model.layers):
-        numbers += sum(math.prod(layer.get_parameter(name).shape) for name in vectors(layer, recipe.also))
-        for operator in layout.in_layer(number) if form else ():
-            empty = torch.empty(operator.rows, operator.columns, device="meta")
-            numbers += sum(each.numel() for each in form.start(empty, torch.Generator()).values()) if form else 0
+    layers = [trained_layer(model, layout, index, recipe) for index in range(len(model))]  # without weights
+    numbers = sum(each.numel() for layer in layers for each in layer.masters.values())
     index = max(range(len(model)), key=layout.weights)
     with model.embeddings_and_head():
         hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
-        head_seconds = _timed(model.device, lambda: _through_head(model, hidden[0]))
-    with model.layer(index) as layer, ordered_attention(model.device):
-        operators = layout.in_layer(index) if form else ()
-        pruned = {f"{operator.name}.weight": (form, operator.transposed) for operator in operators if form}
-        trained = TrainedLayer(layer, pruned, sorted(vectors(layer, recipe.also)), lambda name: torch.Generator())
-        kept: dict[int, int] = {}
+        rows, targets = hidden[0].detach().requires_grad_(), torch.zeros(seqlen, dtype=torch.int64, device=model.device)
+
+        def head() -> None:
+            HeadLoss.apply(rows, model, targets, LIKELIHOOD, None, 1.0, BUDGETS).sum().backward()
+
+        head_seconds = _timed(model.device, head)
+    with model.layer(index), ordered_attention(model.device):
+        trained, kept = trained_layer(model, layout, index, recipe), dict[int, int]()
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -194,24 +184,12 @@ def _measure(
     return numbers, sum(kept.values()), seconds, head_seconds
 
 
-def _through_head(model: LayerwiseModel, hidden: Tensor) -> None:
-    """Pass one window through the head and back, in slices."""
-    rows = max(1, min(BUDGETS.head // 2 // (4 * model.vocabulary), model.max_head_rows))
-    targets = torch.zeros(rows, dtype=torch.int64, device=model.device)
-    for start in range(0, len(hidden), rows):
-        part = hidden[start : start + rows].detach().requires_grad_()
-        logits = model.head(part, gradients=True)
-        _, above = TokenLoss(0.0).tokens(logits, targets[: len(part)], None, 1.0)
-        torch.autograd.grad(logits, part, above)
-
-
 def _timed(device: torch.device, work: Callable[[], None]) -> float:
     """Return the seconds that ``work`` takes on a device, the second time."""
     for _ in range(2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+        synchronise(device)
         begin = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
     return time.perf_counter() - begin

@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
 from ..models.files.low_rank import A, B, sum_of_parts
@@ -35,17 +35,14 @@ from ..models.layout import Group
 from ..passes.store import HiddenStates
 from ..passes.stream import Calls
 from ..runtime.numerics import ordered_attention
-from .loop import CHECKS, descend
-from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square, vectors
+from .loop import CHECKS, Loop
+from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square
 
 RATE = 0.01
 """First step size of AdamW, as a share of a tensor's root mean square over surviving weights."""
 
-VALIDATE_EVERY = 8
-"""Every 8th calibration window is a validation window,"""
-
-MAX_VALIDATION_WINDOWS = 8
-"""but at most 8 of them: more would not change the choice, and take time."""
+VALIDATE_EVERY = MAX_VALIDATION_WINDOWS = 8
+"""Every 8th calibration window is for validation, but at most 8: more would not change the choice, and take time."""
 
 SHRINKAGE = 0.1
 """Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
@@ -56,11 +53,9 @@ class ReconstructionSettings:
     """Settings of block reconstruction.
 
     Args:
-        steps: AdamW steps of one window each. In the same time, many small steps lower the loss further than few large
-            ones.
+        steps: AdamW steps of one window each: many small steps lower the loss further than few large ones.
         seed: draws the windows.
-        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the
-            identity.
+        metric: (width, width) positive semi-definite weight of output errors, (width,) its diagonal, or the identity.
         rate: first step size, see :data:`RATE`.
     """
 
@@ -76,7 +71,7 @@ class Reconstructed:
 
     Args:
         weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
-        record: steps taken, the step that was kept, validation loss before and after, number of validation windows.
+        record: steps, the step that was kept, validation windows and their loss before and after.
     """
 
     weights: dict[str, Tensor]
@@ -85,15 +80,9 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class _SumOfParts(Form):
-    """A sparse and a low-rank part of one operator, both trained.
-
-    Args:
-        operator: its full name; ``source``: of its weight in the checkpoint.
-        parts: the sparse part (m, n) and the factors A and B, by short name.
-    """
+    """A sparse and a low-rank part of one operator, both trained: (m, n), A and B, by short name."""
 
     operator: str
-    source: str
     parts: Mapping[str, Tensor]
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -101,9 +90,6 @@ class _SumOfParts(Form):
 
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
         return masters[ITSELF] + masters["B"] @ masters["A"]
-
-    def rate(self, columns: int) -> float | None:
-        return None
 
 
 def reconstruct_layer(
@@ -120,10 +106,8 @@ def reconstruct_layer(
 
     Args:
         model: the model, layer ``index`` loaded.
-        index: number of the layer.
-        groups: its pruned operators; weights of other operators are left alone.
-        inputs: hidden states that enter the layer.
-        wanted: output hidden states to match.
+        index: number of the layer; ``groups``: its pruned operators, weights of others are left alone.
+        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.
         calls: arguments of the decoder layers.
         settings: steps, seed, metric.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
@@ -131,12 +115,10 @@ def reconstruct_layer(
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
-        layer = _trained(model, index, groups, parts or {})
-        keys = {key: short for shorts in layer.keys.values() for short, key in shorts.items()}
-        rates = {key: settings.rate * root_mean_square(layer.masters[key].detach()) for key in keys}
-        masked = [layer.keys[name][ITSELF] for name in layer.pruned]
-        masters = Masters({key: layer.masters[key] for key in keys}, rates, masked)
-        loss = _Loss.of(model, inputs, wanted, settings.metric)
+        layer = TrainedLayer(model, index, _forms(model, index, groups, parts or {}))
+        rates = {key: settings.rate * root_mean_square(each.detach()) for key, each in layer.masters.items()}
+        masters = Masters(dict(layer.masters.items()), rates, layer.masked)
+        loss = BlockLoss(inputs, wanted, settings.metric, model.device)
         held, train = _split(inputs.samples)
         order = _order(train, settings.steps, torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63))
         # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
@@ -149,13 +131,16 @@ def reconstruct_layer(
             with torch.enable_grad():
                 found = value(order[number - 1])
                 (found * up).backward()
-            return float(found.detach()), masters.step(factor, up)
+            for each in masters.parameters.values():
+                if each.grad is not None:
+                    each.grad.div_(up)
+            return float(found.detach()), masters.step(factor)
 
-        def held_out() -> float:
+        def held_out() -> tuple[float, dict[str, float]]:
             with torch.no_grad():
-                return sum(float(value(window)) for window in held) / len(held)
+                return sum(float(value(window)) for window in held) / len(held), {}
 
-        state = descend(masters, settings.steps, step, held_out)
+        state = Loop(masters, settings.steps, step, held_out).run()
     # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
     weights = _write(model, index, layer) if state.best_step else {}
     record = {
@@ -168,103 +153,81 @@ def reconstruct_layer(
     return Reconstructed(weights, record)
 
 
-def _trained(model: LayerwiseModel, index: int, groups: Sequence[Group], parts: Mapping[str, Tensor]) -> TrainedLayer:
-    """Make masters of what may change in a loaded layer: pruned weights, low-rank parts, vectors."""
-    pruned: dict[str, tuple[Form, bool]] = {}
+def _forms(
+    model: LayerwiseModel, index: int, groups: Sequence[Group], parts: Mapping[str, Tensor]
+) -> dict[str, tuple[Form, bool]]:
+    """Return the form of each pruned weight by its name inside the layer, and whether it is transposed."""
+    forms: dict[str, tuple[Form, bool]] = {}
     for operator in (operator for group in groups for operator in group):
         name = model.full_name(index, operator.name)
         form: Form = Full()
         if name + A in parts:
-            source = model.source(f"{name}.weight")
-            sparse = parts[source].T if operator.transposed else parts[source]
-            found = {ITSELF: sparse, "A": parts[name + A], "B": parts[name + B]}
-            found = {short: part.to(model.device, model.dtype) for short, part in found.items()}
-            form = _SumOfParts(name, source, found)
-        pruned[f"{operator.name}.weight"] = (form, operator.transposed)
-    layer: nn.Module = model.layers[index]
-    return TrainedLayer(layer, pruned, sorted(vectors(layer, ("norms", "biases"))), lambda name: torch.Generator())
+            sparse = parts[model.source(f"{name}.weight")]
+            found = {ITSELF: sparse.T if operator.transposed else sparse, "A": parts[name + A], "B": parts[name + B]}
+            form = _SumOfParts(name, {short: part.to(model.device, model.dtype) for short, part in found.items()})
+        forms[f"{operator.name}.weight"] = (form, operator.transposed)
+    return forms
 
 
 @torch.no_grad()
 def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str, Tensor]:
     """Write trained values into the layer, rounded as stored; return them by their names in the journal."""
-    layer, stored = trained.layer, {}
+    stored = {}
     for name, shorts in trained.keys.items():
-        parameter, source = layer.get_parameter(name), model.source_of(index, name)
-        masters = {short: trained.masters[key] for short, key in shorts.items()}
-        form = trained.pruned[name][0] if name in trained.pruned else None
+        parameter, source = trained.layer.get_parameter(name), model.source_of(index, name)
+        masters = {short: trained.masters[key].to(parameter.dtype) for short, key in shorts.items()}
+        form, transposed = trained.pruned.get(name, (None, False))
         start = trained.matrix(name, form.parts[ITSELF]) if isinstance(form, _SumOfParts) else parameter
-        value = trained.matrix(name, masters[ITSELF]).to(parameter.dtype)
-        value = model.rounded(source, value).to(parameter.dtype)
-        if name in trained.pruned:  # a survivor that rounds to zero stays as it was
+        value = model.rounded(source, trained.matrix(name, masters.pop(ITSELF))).to(parameter.dtype)
+        if form is not None:  # a survivor that rounds to zero stays as it was
             value = torch.where((value == 0) | (start == 0), start, value)
         stored[source] = model.result(source, value.contiguous())
         if isinstance(form, _SumOfParts):
-            for short, suffix in (("A", A), ("B", B)):
-                factor = model.rounded(source, masters[short].to(parameter.dtype))
-                stored[form.operator + suffix] = model.result(source, factor.contiguous())
-            transposed = trained.pruned[name][1]
+            for suffix, factor in ((A, masters["A"]), (B, masters["B"])):
+                stored[form.operator + suffix] = model.result(source, model.rounded(source, factor).contiguous())
             value = sum_of_parts(stored[source], stored, form.operator, transposed=transposed).to(parameter.dtype)
         parameter.copy_(value)
     return stored
 
 
-@dataclass
-class _Loss:
-    """The loss of one window: metric, data, token weights.
+class BlockLoss:
+    """The loss of one window: a weighted mean over tokens, in units of what is added to a typical token.
 
-    Args:
-        device: of the layer.
-        source: hidden states that enter the layer.
-        wanted: output hidden states to match.
-        root: see :func:`_root`.
-        limit: energy above which a token's weight falls below 1.
-        weights: token weights of the windows used so far.
+    ``source`` are hidden states that enter the layer, ``wanted`` its outputs to match.
     """
 
-    device: torch.device
-    source: HiddenStates
-    wanted: HiddenStates
-    root: Tensor | None
-    limit: Tensor
-    weights: dict[int, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: LayerwiseModel, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
-        loss = cls(model.device, source, wanted, _root(metric, model.device), torch.ones(()))
-        loss.limit = loss.energy(loss.target(0) - loss.inputs(0).float()).median().clamp_min(1e-30)
-        return loss
+    def __init__(self, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None, device: torch.device) -> None:
+        self.source, self.wanted, self.device, self.root = source, wanted, device, _root(metric, device)
+        self._weights: dict[int, Tensor] = {}
+        self.limit = self._energy(self._target(0) - self.inputs(0).float()).median().clamp_min(1e-30)
 
     def inputs(self, window: int) -> Tensor:
+        """Return the (1, seqlen, width) hidden states of a window that enter the layer."""
         return self.source.read(window, window + 1, self.device)
 
-    def target(self, window: int) -> Tensor:
+    def _target(self, window: int) -> Tensor:
         return self.wanted.read(window, window + 1, self.device, torch.float32)
 
-    def energy(self, difference: Tensor) -> Tensor:
-        """(batch, seqlen) squared length in the metric."""
+    def _energy(self, difference: Tensor) -> Tensor:
+        """Return the (1, seqlen) squared lengths in the metric."""
         if self.root is not None:
             difference = difference * self.root if self.root.ndim == 1 else difference @ self.root
         return difference.square().sum(-1)
 
-    def weight(self, window: int, target: Tensor) -> Tensor:
-        """(1, seqlen) weights of a window's tokens."""
-        if window not in self.weights:
-            with torch.no_grad():
-                self.weights[window] = (self.limit / self.energy(target - self.inputs(window).float())).clamp_max(1.0)
-        return self.weights[window]
-
     def __call__(self, output: Tensor, window: int) -> Tensor:
-        """Weighted mean over tokens, in units of what the layer adds to a typical token."""
-        target = self.target(window)
-        return (self.weight(window, target) * self.energy(output.float() - target)).mean() / self.limit
+        """Compute the loss of a window's (1, seqlen, width) output."""
+        target = self._target(window)
+        if window not in self._weights:
+            with torch.no_grad():
+                added = self._energy(target - self.inputs(window).float())
+                self._weights[window] = (self.limit / added).clamp_max(1.0)
+        return (self._weights[window] * self._energy(output.float() - target)).mean() / self.limit
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root.
+    """Return ``R`` with ``R R^T`` the shrunk metric, of a diagonal as one; None is the identity.
 
-    None is the identity. A metric of zeros, as of a model whose outputs never change, tells errors apart no more than
-    the identity.
+    A metric of zeros, as of a model whose outputs never change, tells errors apart no more than the identity.
     """
     if metric is None or bool((metric if metric.ndim == 1 else metric.diagonal()).mean() == 0):
         return None
@@ -281,8 +244,7 @@ def _split(samples: int) -> tuple[list[int], list[int]]:
     """Split windows into validation (1 to :data:`MAX_VALIDATION_WINDOWS`) and training; one is both."""
     apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
     held = list(range(apart - 1, samples, apart)) or [samples - 1]
-    train = [window for window in range(samples) if window not in held] or held
-    return held, train
+    return held, [window for window in range(samples) if window not in held] or held
 
 
 def _order(windows: list[int], count: int, generator: torch.Generator) -> list[int]:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.run import measure
+from ..models.files.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
-from ..pruning.result import refuse_foreign_files, reporting_failure
+from ..papers.mezo import ForwardOnly
+from ..pruning.result import (
+    check_zeros,
+    checkpoint_record,
+    close_report,
+    model_documents,
+    operator_claims,
+    refuse_foreign_files,
+    reporting_failure,
+    stored_weights,
+    write_low_rank,
+    write_model,
+)
+from ..reporting.facts import length_setting
+from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.lineage import input_run
+from ..runs.lineage import add_stage, input_run, update_stage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
-from ..runs.records import Report
+from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.settled import (
     TrainingRecord,
     absolute,
@@ -28,23 +48,23 @@ from ..runs.settled import (
     refuse_overlap,
 )
 from ..runs.steps import read_steps
-from ..runs.times import spent
-from ..runtime.devices import choose_device, cpu_threads, reset_peak_memory
+from ..runs.times import Times, spent
+from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
+from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
-from ..settings.align_settings import AlignRecipe
-from ..settings.recover_settings import RecoverRecipe
-from ..settings.training_settings import TrainingRecipe
+from ..settings.align import AlignRecipe
+from ..settings.train import RecoverRecipe, TrainingRecipe
 from .alignment import Alignment
-from .distributed import World, joined
-from .opened import Training
+from .distributed import DONE, READY, World, joined
+from .loop import State
+from .masked import Trained
 from .plan import Plan
 from .recovery import Recovery
-from .result import collect, write
-from .settle import Request, asked, check_inputs, plan_of, settle
+from .settle import Request, asked, check_inputs, settle
 
-RECOVER: type[Training] = Recovery
-ALIGN: type[Training] = Alignment
+RECOVER: type[Recovery] = Recovery
+ALIGN: type[Recovery] = Alignment
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
@@ -89,7 +109,7 @@ def recover(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
-    request: Request[Any] = Request(
+    request = Request(
         path_text("model", model, A_MODEL),
         kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
@@ -133,14 +153,14 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    kind, origin = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER, input_run(str(model))
-    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and origin is None:
+    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
+    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and input_run(str(model)) is None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = Request(str(model), recipe, None if dense is None else str(dense), permissions, evaluate=None)
-    return plan_of(kind, check_inputs(kind, request, Listener()), folder, Listener())[1]
+    return check_inputs(kind, request, folder, Listener())[1]
 
 
-def resume_training(kind: type[Training], folder: Path, permissions: Permissions, listener: Listener) -> Report:
+def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun.
 
     Args:
@@ -157,56 +177,51 @@ def resume_training(kind: type[Training], folder: Path, permissions: Permissions
     return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
 
 
-def _run(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener) -> Report:
+def _run(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener) -> Report:
     """Do what is left of a run, alone or as one of the processes of torchrun."""
     execution = request.recipe.execution
     with undisturbed(), joined(execution.device, execution.offload) as world:
-        if world.size == 1:
-            return _lead(kind, run, request, told, world)
-        if fault := _not_divided(request.recipe, world.size):
-            raise FistaPrunerError(fault)
-        execution = execution.model_copy(update={"device": str(world.device)})
-        request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
+        if world.size > 1:
+            _refuse_undivided(request.recipe, world.size)
+            execution = execution.model_copy(update={"device": str(world.device)})
+            request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
         if world.rank:
             return _follow(kind, run, request, world)
         try:
             report = _lead(kind, run, request, told, world)
         except FistaPrunerError as error:
-            if not world.told:
-                world.tell(f"{error}")
+            world.announce(str(error))
             raise
-        if not world.told:
-            world.tell(DONE)
+        world.announce(DONE)
         world.tell()
         return report
 
 
-def _not_divided(recipe: TrainingRecipe, processes: int) -> str | None:
-    """Say why several processes cannot share a run; None where they can."""
-    if recipe.zeroth_order:
-        return f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
+    """Refuse a run that several processes cannot share."""
     unit = "pairs_per_step" if isinstance(recipe, AlignRecipe) else "windows_per_step"
-    size = getattr(recipe, unit)
-    return f"{unit} is {size}: {processes} processes need a multiple of {processes}" if size % processes else None
+    fault, size = None, getattr(recipe, unit)
+    if recipe.zeroth_order:
+        fault = f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+    elif size % processes:
+        fault = f"{unit} is {size}: {processes} processes need a multiple of {processes}"
+    if fault:
+        raise FistaPrunerError(fault)
 
 
-DONE, READY = "", "ready"
-"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
-
-
-def _follow(kind: type[Training], run: TrainingDirectory, request: Request[Any], world: World) -> Report:
-    """Train along with process 0."""
+def _follow(kind: type[Recovery], run: TrainingDirectory, request: Request, world: World) -> Report:
+    """Train along with process 0, which settles and writes."""
     if (said := world.tell()) == READY:
         training = kind.open(run, request.recipe.execution, request.permissions, world)
         with training.trained(Listener(), lambda: None) as (trained, _):
-            collect(training, trained, Listener())
+            _results(training, trained, Listener())
     elif said != DONE:
         raise FistaPrunerError(said)
     world.tell()
     return run.read_report()
 
 
-def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], told: Listener, world: World) -> Report:
+def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run.check_place()
     refuse_overlap(request.model, run.folder)
@@ -228,41 +243,30 @@ def _lead(kind: type[Training], run: TrainingDirectory, request: Request[Any], t
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
-                if begun is not None and report is None:
-                    refuse_other_versions(run, begun)
                 if begun is None:
                     settle(kind, run, request, listener)
+                elif report is None:
+                    refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
                 training = kind.open(run, request.recipe.execution, request.permissions, world)
                 refuse_foreign_files(run, training.model.checkpoint, training.fingerprint)
-                world.tell(READY)
-                with (
-                    training.trained(listener, times.note) as (trained, state),
-                    cpu_threads(training.decision.numerics.threads),  # whatever those of this process are
-                ):
-                    report = write(training, collect(training, trained, listener), state, times, listener, report)
+                world.announce(READY)
+                with training.trained(listener, times.note) as (trained, state):
+                    report = _write(training, trained, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
         evaluation = request.evaluation(run.begun_record().decision)
         return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
-def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request[Any]) -> None:
-    """Refuse a command for a run directory that holds another run.
-
-    Raises:
-        FistaPrunerError: names what differs.
-    """
-    refuse_other_settings(run, begun.decision.asked, asked(request.recipe))
-    dense = None if request.dense is None else request.permissions.find(request.dense).folder.absolute()
-    for what, before, here in (
-        ("model", begun.decision.model, absolute(request.model)),
-        ("dense model", begun.decision.dense or "none", dense),
-    ):
-        if here is not None and str(before) != str(here):
-            raise FistaPrunerError(
-                f"--out {run.folder} holds a run with the {what} {before}, not {here}: name another folder"
-            )
+def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request) -> None:
+    """Refuse a command for a run directory that holds another run."""
+    decision = begun.decision
+    here = {"model": absolute(request.model), **asked(request.recipe)}
+    if request.dense is not None:
+        here["dense"] = str(request.permissions.find(request.dense).folder.absolute())
+    before = {"model": decision.model, "dense": decision.dense and str(decision.dense), **decision.asked}
+    refuse_other_settings(run, before, here)
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
@@ -274,3 +278,116 @@ def _how_to_continue(run: TrainingDirectory) -> str:
             if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
                 where = f"after step {lines[-1]['step']} of {record.decision.steps}"
     return f"interrupted {where}; {how}"
+
+
+def _results(training: Recovery, trained: Trained | ForwardOnly, listener: Listener) -> tuple[Any, dict[str, Tensor]]:
+    """Measure a trained model and take its changed tensors, by checkpoint name; called by all processes."""
+    measured = training.measured(trained, listener)
+    listener.tick("comparing the trained weights with the input's", 0, 1)
+    return measured, dict(trained.result())
+
+
+def _write(
+    training: Recovery,
+    trained: Trained | ForwardOnly,
+    state: State,
+    times: Times,
+    listener: Listener,
+    earlier: Report | None,
+) -> Report:
+    """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
+
+    Args:
+        training: the opened run; ``trained``: its loaded model with the best weights; ``state``: where training ended.
+        times: wall time of the run so far.
+        listener: receives progress.
+        earlier: report of the finished run whose checkpoint is written again.
+    """
+    run, model = training.run, training.model
+    measured, changed = _results(training, trained, listener)
+    report: Report = run.begun_record().report()
+    training.describe(measured, report, listener)
+    report.layers = [_layer(training, changed, index) for index in range(len(model))]
+    _describe(training, trained, state, report)
+    report.totals = Totals(
+        operator_weights=report.operator_weights,
+        operator_zeros=report.operator_zeros,
+        model_weights=model.parameter_count(),
+        model_zeros=training.decision.zeros,
+        seconds=times.total(),
+        peak_memory=peak_memory(),
+        peak_device_memory=peak_device_memory(model.device),
+    )
+    content = read_pruning_record(training.decision.folder)
+    claims = operator_claims(report, model) | (content.get("operators") or {})
+    report.stacked_experts = any(stack_of(name) for name in claims)
+    report.finished = now()
+    add_stage(report)
+    begin = time.perf_counter()
+    if (part := training.low_rank) is not None:
+        content |= write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
+
+    def documents() -> dict[str, str]:
+        return model_documents(model_card(report), {**content, **checkpoint_record(report, claims)})
+
+    write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
+    check_zeros(run.model, model.checkpoint, stored_weights(model, training.layout))
+    if report.recovery is not None:
+        report.totals.time_split["train"] = report.recovery.seconds
+    close_report(run, report, earlier, times, begin)
+    update_stage(report)
+    # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
+    shutil.rmtree(run.teacher, ignore_errors=True)
+    run.write_report(report)
+    return report
+
+
+def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> LayerEntry:
+    """Describe one decoder layer."""
+    model, entry = training.model, LayerEntry(index=index)
+    entry.name = f"{training.layout.layers_name}.{index}"
+    for operator in training.layout.in_layer(index):
+        name = training.layout.full_name(index, operator)
+        source = model.source(f"{name}.weight")
+        before = model.checkpoint.read(source).float()
+        after = changed[source].float() if source in changed else before
+        zeros = before.numel() - int(torch.count_nonzero(before))
+        entry.operators.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=training.decision.operators[name],
+                zeros=zeros,
+                density=1 - zeros / before.numel(),
+                change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+                changed=int((after != before).sum()),
+            )
+        )
+    return entry
+
+
+def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, report: Report) -> None:
+    """Say in the report what was trained, and whether it has failed or has not helped."""
+    operators, survivors = report.operators, report.operator_weights - report.operator_zeros
+    found = report.recovery
+    assert found is not None
+    found.read_journal(training.run.steps_file)
+    rates = [trained.rate] if isinstance(trained, ForwardOnly) else list(trained.rates.values())
+    found.lr = {"lowest": min(rates), "highest": max(rates)}
+    found.trained = trained.count() if isinstance(trained, ForwardOnly) else trained.numbers
+    found.steps, found.kept_step = state.step, state.best_step
+    found.operators = 0 if found.parameters == "norms" else len(operators)
+    found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
+    found.change = max((operator.change or 0.0 for operator in operators), default=None)
+    tried = f"learning rates {min(rates):.2g} to {max(rates):.2g}: try a lower --lr"
+    why = None if state.fault is None else f"training stopped: {state.fault}; the weights"
+    if why and state.step == 0:
+        why += " are those of the input; its predictions, or those of the dense model, are not finite"
+    elif why:
+        why += f" of step {state.best_step} are kept ({tried})"
+    elif state.best_step == 0:
+        why = (
+            f"no step was better than the start on what is held out, so the weights are those of the input ({tried}; a "
+            f"higher one where the loss has hardly changed, or more {length_setting(report)})"
+        )
+    report.warnings += [why] if why else []

@@ -9,6 +9,7 @@ or not at all; a block that is missing is made again, with the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -61,7 +62,7 @@ class Teacher:
         """Return the (seqlen, width) output of the last decoder layer for a window."""
         number = self._of[window]
         if number not in self._open:
-            self._open[number] = self._find(number) or self._make(number)
+            self._open[number] = self._block(number)
         return self._open[number].read(str(window))
 
     def prepare(self) -> None:
@@ -69,34 +70,20 @@ class Teacher:
         for block in self.blocks:
             self.hidden(block[0])
 
-    def _record(self, number: int) -> str:
-        return f"{self.identity} {self.dense.dtype} {self.batch_size} {self.blocks[number]}"
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.safetensors"
-
-    def _find(self, number: int) -> SafetensorsFile | None:
-        """Open a block if it is there, whole, and of this text and model."""
-        try:
-            file = SafetensorsFile(self._path(number))
-        except (OSError, FistaPrunerError):
-            return None
-        return file if file.metadata.get("made_from") == self._record(number) else None
-
-    def _make(self, number: int) -> SafetensorsFile:
-        """Pass a block's windows through the dense model and write its file."""
-        windows = self.blocks[number]
+    def _block(self, number: int) -> SafetensorsFile:
+        """Open a block that is whole and of this text and model, or pass its windows through the dense model."""
+        windows, path = self.blocks[number], self.folder / f"{number:05d}.safetensors"
+        made_from = f"{self.identity} {self.dense.dtype} {self.batch_size} {windows}"
+        with suppress(OSError, FistaPrunerError):
+            file = SafetensorsFile(path)
+            if file.metadata.get("made_from") == made_from:
+                return file
         what = f"predictions of the dense model, block {number + 1} of {len(self.blocks)}"
-        (last,), _ = forward(
-            self.dense,
-            self.tokens[windows],
-            self.batch_size,
-            scratch_factory(None, self.dense.dtype),
-            progress=lambda done, total: self.tick(what, done, total),
-        )
-        tensors = {str(window): last.read(at, at + 1, self.dense.device)[0].cpu() for at, window in enumerate(windows)}
+        states, count, dense = scratch_factory(None, self.dense.dtype), self.batch_size, self.dense
+        (last,), _ = forward(dense, self.tokens[windows], count, states, progress=lambda *at: self.tick(what, *at))
+        tensors = {str(window): last.read(at, at + 1, dense.device)[0].cpu() for at, window in enumerate(windows)}
         last.close()
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(number), tensors, {"made_from": self._record(number)})
-        return SafetensorsFile(self._path(number))
+        write_tensors(path, tensors, {"made_from": made_from})
+        return SafetensorsFile(path)

@@ -312,5 +312,5 @@ def refuse_low_rank(checkpoint: Path, verb: str) -> None:
         dense = "" if keeps else f"give {verb} the dense model that PEFT (merge_and_unload) makes of both, or "
         raise FistaPrunerError(
             f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
-            f"{verb} would leave out: {dense}prune again without --low-rank"
+            f"{verb} would leave out: {dense}prune again without low_rank"
         )

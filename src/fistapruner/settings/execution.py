@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field
 
 from .base import Settings
-from .loading import parse_bytes
-
-WORKER_SETTINGS = {"workers": ("process", "ray"), "address": ("ray",)}
-"""Settings of workers, and the executors that have a use for them."""
+from .parse import parse_bytes
 
 MAX_WORKERS = 4096
 """Most workers, and most threads of each: more than any machine has cores."""
 
 
+def _bytes(value: Any) -> Any:
+    return None if value is None else parse_bytes(str(value))
+
+
 class Execution(Settings):
     """Set how the work is carried out. Never part of a run's identity."""
 
-    device: str = Field(
-        "auto",
-        description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.",
-    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.")
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -30,7 +28,7 @@ class Execution(Settings):
         description="Windows of text in one pass, two of them for a pair of an alignment; without it chosen by device "
         "and memory.",
     )
-    memory_limit: int | None = Field(
+    memory_limit: Annotated[int | None, BeforeValidator(_bytes)] = Field(
         None,
         description="Main memory that the run may use, in bytes or as 8GiB; without it 90 % of what the machine has "
         "free. A GPU's memory is limited by what it has free.",
@@ -54,28 +52,20 @@ class Execution(Settings):
         description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
         "the weights depend on it.",
     )
-    offload: bool = Field(
-        False,
-        description="With torchrun: keep weights and optimizer state in main memory while a GPU does not need them.",
-    )
     address: str | None = Field(
         None,
         description="HOST:PORT of the head of a Ray cluster, or auto for the one in RAY_ADDRESS or on this machine; "
         "without it one is started here.",
     )
 
-    @field_validator("memory_limit", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        return None if value is None else parse_bytes(str(value))
 
-    @model_validator(mode="after")
-    def _workers_of_an_executor(self) -> Execution:
-        """Refuse settings of workers that the executor has no use for."""
-        for name, executors in WORKER_SETTINGS.items():
-            value = getattr(self, name)
-            if value not in (None, 1) and self.executor not in executors:
-                raise ValueError(
-                    f"{name} {value} has no effect with the executor {self.executor}: choose {' or '.join(executors)}"
-                )
-        return self
+class TrainExecution(Execution):
+    """Set how a run that trains is carried out: in this process, or in those of torchrun."""
+
+    executor: Literal["serial"] = Field("serial", exclude=True)
+    workers: None = Field(None, exclude=True)
+    address: None = Field(None, exclude=True)
+    offload: bool = Field(
+        False,
+        description="With torchrun: keep weights and optimizer state in main memory while a GPU does not need them.",
+    )

@@ -1,4 +1,4 @@
-"""Define the settings of a run, for YAML recipes, the command line and the API.
+"""Define the settings of a pruning run, for YAML recipes, the command line and the API.
 
 Everything that determines the pruned weights is in :class:`Recipe`. Its section ``execution`` (device, memory,
 executor) only says how the work is carried out and is not part of a run's identity. A setting is described once, on its
@@ -11,28 +11,23 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from ..errors import FistaPrunerError
-from .base import RunRecipe, Seed
-from .calibration_settings import Calibration
-from .execution_settings import Execution
-from .patterns import Patterns
-from .structure_settings import Structure, removes_nothing
-from .values import (
-    WORKLOAD,
-    AllocationSetting,
-    DenseTarget,
-    MethodSetting,
-    SparsitySetting,
-    StructureSetting,
-)
+from .base import PATHS_TOO, RunRecipe, Seed, Texts, word_or_number
+from .execution import Execution
+from .parse import Patterns, check_patterns, parse_value
+from .structure import Structure
 
 if TYPE_CHECKING:
     from ..core import Constraint
     from ..solvers.base import Method
+
+ALLOCATIONS = ("uniform", "owl", "error", "auto")
+WORKLOAD = "workload:"
+"""What an allocation for a workload begins with; the path of its file follows."""
 
 RESOLVED = ("propagate", "dense_target", "residual")
 """Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
@@ -44,20 +39,142 @@ PAPERS = {"fista": ("dense", 1.0), OWN: ("pruned", 0.5)}
 """``propagate`` and ``dense_target`` that ``auto`` stands for by solver; all others have ("pruned", 0)."""
 
 
+def _sparsity(value: Any) -> Constraint:
+    """Parse a sparsity; the error is a ValueError, which pydantic collects."""
+    # imports torch, which reading the settings' descriptions does not need
+    from ..core import parse_sparsity
+
+    try:
+        return parse_sparsity(value)
+    except FistaPrunerError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_method(value: Any) -> tuple[Method, ...]:
+    """Parse a method or a chain of them; the error is a ValueError, which pydantic collects."""
+    from ..solvers import METHODS, parse_method
+
+    try:
+        steps = parse_method(value)
+    except FistaPrunerError as error:
+        raise ValueError(str(error)) from None
+    for step in steps:
+        if not step.reference and METHODS.get(step.name) is not type(step):
+            raise ValueError(
+                f"method {step.name!r} of the class {type(step).__name__} is not known by its name to worker "
+                "processes and a resumed run: give FILE.py:CLASS; fp.solve takes the object as it is"
+            )
+        if type(step)(**step.settings()) != step:
+            raise ValueError(f"{step!r} has arguments that a recipe does not keep; fp.solve takes it as it is")
+    return steps
+
+
+def _dense_target(value: Any) -> Any:
+    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+
+
+def _allocation(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(WORKLOAD):
+        if file := value.removeprefix(WORKLOAD).strip():
+            return WORKLOAD + file
+        raise ValueError("workload: names no file: write workload:FILE")
+    if isinstance(value, str) and value not in ALLOCATIONS:
+        value = parse_value(value, repr(value))
+    if not isinstance(value, dict) and value not in ALLOCATIONS:
+        known = ", ".join(ALLOCATIONS)
+        raise ValueError(f"{known}, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
+    return value if isinstance(value, str) else _sparsities(value)
+
+
+def _sparsities(named: Mapping[Any, Any]) -> dict[str, Constraint]:
+    """Parse the sparsities of operators, by names of these; the first fault is a ValueError."""
+    found = {}
+    for name, value in named.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r}: names of operators are expected, such as down_proj or 're:layers\\.0\\.'")
+        try:
+            found[name] = _sparsity(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return check_patterns(found)
+
+
+def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
+    return [{step.reference or step.name: step.settings()} for step in steps]
+
+
+SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
+MethodSetting = Annotated[Any, BeforeValidator(read_method), PlainSerializer(_dump_method)]
+AllocationSetting = Annotated[
+    Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
+]
+DenseTarget = Annotated[
+    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
+    word_or_number(
+        "auto",
+        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
+        lambda share: 0 <= share <= 1,
+    ),
+    BeforeValidator(_dense_target),
+]
+
+
+class Calibration(Texts):
+    """Set where the calibration tokens come from."""
+
+    source: Annotated[str | dict[str, str], PATHS_TOO] = Field(
+        "self",
+        description="Text: self, python, c4, wikitext2, ptb or a file; self is text that the model "
+        "generates, python the language reference that comes with every Python, the next three need the extra "
+        "'data', and a file is .txt, .raw, .md, .jsonl or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, "
+        "give the same number of windows each.",
+    )
+    samples: int = Field(
+        128,
+        ge=1,
+        lt=2**31,
+        description="Number of calibration windows. 128 is the papers' choice.",
+    )
+    seqlen: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens in a window; without it the model's maximum length, at most 2048, or 1024 for self on a "
+        "CPU.",
+    )
+    seed: Seed = Field(0, exclude=True)
+
+    @model_validator(mode="after")
+    def _a_window_each(self) -> Calibration:
+        if self.samples < len(self.sources):
+            raise ValueError(f"samples is {self.samples}, and each of the {len(self.sources)} texts needs a window")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The source, or the names of several."""
+        return ", ".join(self.sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files among the sources; known names have no suffix."""
+        return tuple(Path(source) for source in self.sources.values() if Path(source).suffix)
+
+
 class Recipe(RunRecipe):
     """Hold all settings of a pruning run."""
 
+    text: ClassVar[str] = "calibration"
+
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, ... A share is that of all of them "
-        "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. Where "
-        "allocation is a mapping of names, it is that of each operator that no name matches. With "
+        description="Sparsity of the pruned operators: 50%, 0.5, 2:4 or 4:8. A share is that of all of "
+        "them together, which allocation distributes; a pattern is that of each, unless allocation gives them others. "
+        "Where allocation is a mapping of names, it is that of each operator that no name matches. With "
         "structure the default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
         "proximal",
-        description="A solver, or a chain of a solver and refinements such as wanda+refit; 'fistapruner methods' "
-        "lists them.",
+        description="A solver, or a chain such as wanda+refit; 'fistapruner methods' lists solvers and refinements.",
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
         "auto",
@@ -92,10 +209,7 @@ class Recipe(RunRecipe):
         description="Operators to prune: the last dotted parts of a full name (down_proj, mlp.down_proj), or re: and a "
         "regular expression that is found anywhere in it; without it every linear operator of the decoder layers.",
     )
-    ignore: Patterns = Field(
-        (),
-        description="Operators to leave dense, by names as targets takes them.",
-    )
+    ignore: Patterns = Field((), description="Operators to leave dense, by names as targets takes them.")
     allocation: AllocationSetting = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
@@ -117,10 +231,7 @@ class Recipe(RunRecipe):
         "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
         "for published methods.",
     )
-    structure: StructureSetting = Field(
-        Structure(),
-        description="Whole channels that are removed.",
-    )
+    structure: Structure = Field(Structure(), description="What is removed whole.")
     low_rank: int = Field(
         0,
         ge=0,
@@ -134,48 +245,20 @@ class Recipe(RunRecipe):
         description="Steps of block reconstruction after each decoder layer, each on one calibration window; 0 is "
         "none.",
     )
-    calibration: Calibration = Field(
-        Calibration(),
-        description="Calibration data.",
-    )
+    calibration: Calibration = Field(Calibration(), description="Calibration data.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
         "matrix units for it.",
     )
-    seed: Seed = Field(
-        0,
-        description="Seed of everything random that is not calibration data; as a flag also that of the calibration "
-        "windows.",
-    )
-    execution: Execution = Field(
-        Execution(),
-        description="How the work is carried out; not part of a run's identity.",
-    )
-
-    no_identity: ClassVar[tuple[str, ...]] = ("execution",)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _only_structure(cls, value: Any, read: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """Without a sparsity, a recipe that removes structure sets no weights to zero."""
-        if not isinstance(value, dict) or "sparsity" in value:
-            return read(value)
-        section = value.get("structure")
-        amount = section.remove if isinstance(section, Structure) else section
-        amount = amount.get("remove") if isinstance(amount, Mapping) else amount
-        if removes_nothing(amount):
-            return read(value)
-        recipe = read({**value, "sparsity": "0%"})
-        recipe.model_fields_set.discard("sparsity")  # a default: without the structure it is another one
-        return recipe
+    seed: Seed = Field(0, description="Seed of everything random, such as the calibration windows.")
+    execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
     @model_validator(mode="after")
-    def _low_rank_alone(self) -> Recipe:
-        if not self.low_rank:
-            return self
-        if self.structure.remove is not None:
-            raise ValueError(f"low_rank {self.low_rank} with structure: a smaller model has no low-rank part")
+    def _only_structure(self) -> Recipe:
+        """Without a sparsity, a recipe that removes structure sets no weights to zero."""
+        if "sparsity" not in self.model_fields_set and self.structure.remove is not None:
+            self.__dict__["sparsity"] = _sparsity("0%")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -217,12 +300,12 @@ class Recipe(RunRecipe):
         """Whether ``residual: correct`` has an effect; for a ``resolved`` recipe."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
-    def resolved(
-        self,
-        *,
-        earlier: Mapping[str, Any] | None = None,
-        family: Callable[[], str] | None = None,
-    ) -> Recipe:
+    @property
+    def method_name(self) -> str:
+        """Name of the chain as on the command line: ``wanda+refit``."""
+        return "+".join(step.name for step in self.steps)
+
+    def resolved(self, *, earlier: Mapping[str, Any] | None = None, family: Callable[[], str] | None = None) -> Recipe:
         """Return this recipe with ``auto`` of passes, targets and the choice of channels resolved.
 
         Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
@@ -232,12 +315,12 @@ class Recipe(RunRecipe):
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
 
         Raises:
-            FistaPrunerError: a residual correction that was asked for and has no effect.
+            FistaPrunerError: a residual correction that was asked for, without a dense target.
         """
         solver = [step for step in self.steps if not step.refines][-1].name
         propagate, dense_target = PAPERS.get(solver, ("pruned", 0.0))
-        asked = {key: getattr(self, key) for key in RESOLVED}
-        chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
+        before = earlier or {}
+        chosen = {key: before.get(key, asked) if (asked := getattr(self, key)) == "auto" else asked for key in RESOLVED}
         goa = self.structure.remove is not None and self.structure.method == "goa"  # its paper's settings
         if chosen["propagate"] == "auto":
             apart = self.execution.executor != "serial"
@@ -245,39 +328,24 @@ class Recipe(RunRecipe):
         if chosen["dense_target"] == "auto":
             own = chosen["propagate"] == propagate and not goa
             chosen["dense_target"] = dense_target if own else 1.0
-        idle = self._idle_residual(chosen["dense_target"])
-        if self.residual == "correct" and idle and (earlier or {}).get("residual") != "correct":
-            raise FistaPrunerError(f"residual correct has no effect {idle}, or leave residual out")
+        if self.residual == "correct" and not chosen["dense_target"]:
+            raise FistaPrunerError("residual correct needs a dense_target above 0 (dense, or a share), and it is 0")
         if chosen["residual"] == "auto":
+            idle = not chosen["dense_target"] or not self.error_correction
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
-            from ..solvers import parse_method
-
-            before = parse_method(earlier["method"]) if earlier else ()  # a run that goes on need not find its model
-            settled = next((start for step in before if (start := getattr(step, "warm_start", "auto")) != "auto"), None)
-            chosen["method"] = tuple(
-                replace(step, warm_start=settled or ("sparsegpt" if family() == "opt" else "wanda"))  # type: ignore[call-arg]
-                if getattr(step, "warm_start", None) == "auto"
-                else step
-                for step in self.steps
-            )
+            chosen["method"] = tuple(self._by_family(step, before, family) for step in self.steps)
         chosen["calibration"] = self.calibration.with_absolute_files()
-        chosen["structure"] = self.structure.resolved((earlier or {}).get("structure", {}).get("method"))
+        chosen["structure"] = self.structure.resolved
         if self.workload is not None:
             chosen["allocation"] = WORKLOAD + os.path.abspath(self.workload)
         return self.model_copy(update=chosen)
 
-    def _idle_residual(self, dense_target: float) -> str | None:
-        """Say why a residual correction would have no effect, and what to give instead; None where it has one."""
-        if not self.error_correction:
-            return "without error correction: leave --no-error-correction out"
-        if dense_target > 0:
-            return None
-        auto = self.dense_target == "auto"
-        cause = f"method {self.method_name}, whose dense_target auto is 0" if auto else "dense_target pruned"
-        return f"with {cause}: give --dense-target dense or a share"
-
-    @property
-    def method_name(self) -> str:
-        """Name of the chain as on the command line: ``wanda+refit``."""
-        return "+".join(step.name for step in self.steps)
+    @staticmethod
+    def _by_family(step: Method, earlier: Mapping[str, Any], family: Callable[[], str]) -> Method:
+        """Resolve a warm start ``auto``; a run that goes on need not find its model."""
+        if getattr(step, "warm_start", None) != "auto":
+            return step
+        settled = [named["fista"]["warm_start"] for named in earlier.get("method", ()) if "fista" in named]
+        start = settled[0] if settled else "sparsegpt" if family() == "opt" else "wanda"
+        return replace(step, warm_start=start)  # type: ignore[call-arg]

@@ -1,17 +1,21 @@
-"""Read settings as users write them: YAML, sizes, recipe files and shipped recipes."""
+"""Read settings as users write them: YAML, ``KEY=VALUE``, recipe files, sizes, shares and names of operators."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator
 
 from ..errors import FistaPrunerError, at_home, unreadable
+
+P = TypeVar("P", bound=Iterable[str])
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -52,7 +56,6 @@ _PlainLoader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 
-
 YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 """What PyYAML raises for text that is no YAML; all but the first for values that their tag does not fit."""
 
@@ -80,6 +83,31 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise FistaPrunerError(f"{origin} is not a mapping of settings to values")
+    return settings
+
+
+def read_assignments(texts: Iterable[str], origin: str) -> dict[str, Any]:
+    """Read ``["dense_target=0.5", "calibration.samples=64"]`` as nested settings, the values as YAML.
+
+    Args:
+        texts: the assignments; of several to one setting the last counts.
+        origin: where they stand, for messages.
+
+    Raises:
+        FistaPrunerError: no assignment, or its value is not YAML.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or not value:
+            raise FistaPrunerError(f"{origin}: {text!r} is not a setting such as dense_target=0.5")
+        *sections, name = key.strip().split(".")
+        inner = settings
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        inner[name] = parse_value(value, f"{origin}: the value of {text!r}")
     return settings
 
 
@@ -124,17 +152,14 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 def merge_settings(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None replaces what is there.
 
-    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone.
+    A section ``structure`` may be an amount alone.
     """
     merged, changes = _structure_whole(base), _structure_whole(changes)
-    for key, other in (("source", "tasks"), ("tasks", "source")):
-        if changes.get(key) and not changes.get(other):
-            merged.pop(other, None)
     for key, value in changes.items():
-        if isinstance(value, dict) and key in SECTIONS:
-            section = merged.get(key) or {}
+        before = merged.get(key)
+        if isinstance(value, dict) and key in SECTIONS and before is not None:
             # A section that is not a mapping stays, so that validation names it.
-            merged[key] = merge_settings(section, value) if isinstance(section, dict) else section
+            merged[key] = {**before, **value} if isinstance(before, dict) else before
         else:
             merged[key] = value
     return merged
@@ -180,3 +205,35 @@ def read_share(value: Any) -> float | None:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
     share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
     return share if 0 < share < 1 else None
+
+
+def check_patterns(patterns: P) -> P:
+    """Refuse a ``re:`` pattern that does not compile.
+
+    Raises:
+        ValueError: names the pattern and the fault.
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return patterns
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError("a list of names is expected, such as [down_proj]")
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else value  # the same in every process
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(check_patterns)]
+"""Names of operators, as ``targets`` and ``ignore`` take them."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern matches an operator: ``re:`` searches, a plain name equals its last parts."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)

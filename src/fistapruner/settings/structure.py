@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from .base import Settings
-from .loading import read_share
+from .parse import read_share
 
 StructureMethod = Literal["auto", "obs", "energy", "flap", "magnitude", "goa", "bypass"]
 """Ways to choose the channels that are removed."""
@@ -19,10 +19,7 @@ FEW = 0.2
 AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
 
-EXPECTED = (
-    "a share such as 25%, or mlp=20% (share of the channels), mlp=1024 (width to keep), heads=1 (key/value groups to "
-    "remove), experts=25% or experts=8 (experts to remove), or several of these with commas is expected"
-)
+EXPECTED = "a share such as 25%, or mlp=20%,heads=1,experts=25% or some of these, is expected"
 
 
 def compensation_of(
@@ -32,34 +29,29 @@ def compensation_of(
     return AS_PUBLISHED.get(method, "refit") if compensate == "auto" else compensate
 
 
-def removes_nothing(value: Any) -> bool:
-    """Check whether an amount is none, as users write it."""
-    return value is None or value == {} or (isinstance(value, str) and value.strip() in ("", "none"))
-
-
 def _amount(value: Any) -> float | int | None:
     """Read a share (float) or a count of 1 or more (int)."""
     share, text = read_share(value), str(value).strip()
     if value is None or share is not None:
         return share
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise ValueError(EXPECTED)
+        raise ValueError("a share such as 25%, or a number of 1 or more, is expected")
     return int(text)
 
 
-def _count(value: Any) -> int | None:
-    """Read a count of 1 or more."""
-    count = _amount(value)
-    if isinstance(count, float):
-        raise ValueError("a number of key/value groups is expected, such as heads=1")
-    return count
+def _share(value: Any) -> float | None:
+    """Read a share."""
+    share = _amount(value)
+    if isinstance(share, int):
+        raise ValueError("a share such as 25% is expected")
+    return share
 
 
 Amount = Annotated[float | int | None, BeforeValidator(_amount)]
 
 
 class Remove(Settings):
-    """Say how much is removed; it reads and writes itself as users do, ``25%`` or ``mlp=20%,heads=1``.
+    """Say how much is removed; ``25%`` or ``mlp=20%,heads=1`` are read, too.
 
     Args:
         share: of the decoder layers' parameters, as MLP channels.
@@ -68,9 +60,9 @@ class Remove(Settings):
         experts: share (float) or number (int) of the experts of every mixture.
     """
 
-    share: Amount = None
+    share: Annotated[float | None, BeforeValidator(_share)] = None
     mlp: Amount = None
-    heads: Annotated[int | None, BeforeValidator(_count)] = None
+    heads: Annotated[int | None, Field(ge=1)] = None
     experts: Amount = None
 
     @model_validator(mode="before")
@@ -78,43 +70,34 @@ class Remove(Settings):
     def _read(cls, value: Any) -> Any:
         if (share := read_share(value)) is not None:
             return {"share": share}
-        if isinstance(value, str):
-            parts = [part.partition("=") for part in value.split(",")]
-            value = (
-                {name.strip(): amount for name, _, amount in parts} if all(equals for _, equals, _ in parts) else None
-            )
+        if isinstance(value, str) and "=" in value:
+            return {name.strip(): amount for name, _, amount in (part.partition("=") for part in value.split(","))}
         if not isinstance(value, (Mapping, Remove)):
             raise ValueError(EXPECTED)
         return value
 
     @model_serializer
-    def _written(self) -> str:
-        return str(self)
+    def _given(self) -> dict[str, Any]:
+        return {name: amount for name in type(self).model_fields if (amount := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        given = {name: getattr(self, name) for name in ("mlp", "heads", "experts")}
+        """Write it as users do: ``25%`` or ``mlp=20%,heads=1``."""
         written = {
             name: f"{100 * amount:.10g}%" if isinstance(amount, float) else str(amount)
-            for name, amount in given.items()
-            if amount is not None
+            for name, amount in self._given().items()
         }
-        return ",".join(map("=".join, written.items())) if self.share is None else f"{100 * self.share:.10g}%"
-
-    @property
-    def only_experts(self) -> bool:
-        """Whether experts are removed, and no channels or heads."""
-        return self.share is None and self.mlp is None and self.heads is None
+        return written.pop("share") if set(written) == {"share"} else ",".join(map("=".join, written.items()))
 
 
 class Structure(Settings):
     """Set how many channels, heads and experts are removed; the result is a smaller model."""
 
-    remove: Annotated[Remove | None, BeforeValidator(lambda value: None if removes_nothing(value) else value)] = Field(
+    remove: Annotated[Remove | None, BeforeValidator(lambda value: None if value in ("none", {}) else value)] = Field(
         None,
-        description="Share of the decoder layers' parameters to remove as whole MLP channels, of experts too: 25%, or "
-        "of the channels: mlp=20%, or the width to keep: mlp=1024; key/value groups of attention heads to remove: "
-        "heads=1 or mlp=20%,heads=1; experts of mixtures to remove whole: experts=25%, experts=8 or "
-        "mlp=20%,experts=25%. The result is an ordinary smaller model. Without it nothing is removed.",
+        description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%; in a recipe also a mapping. share is of "
+        "the decoder layers' parameters, as MLP channels, of experts too; mlp a share of the MLP channels, or their "
+        "number to keep; heads a number of key/value groups of every attention; experts a share or number of the "
+        "experts of every mixture. The result is an ordinary smaller model; without it nothing is removed.",
     )
     method: StructureMethod = Field(
         "auto",
@@ -141,28 +124,19 @@ class Structure(Settings):
         description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000.",
     )
 
-    @model_validator(mode="after")
-    def _of_something(self) -> Structure:
-        """Refuse settings that have no effect."""
-        for name in sorted(self.model_fields_set - {"remove"}):
-            value = getattr(self, name)
-            if value == type(self).model_fields[name].default or (name, value) == ("method", "obs"):
-                continue  # obs may be auto, resolved
-            if self.remove is None:
-                raise ValueError(f"{name} is {value}, but nothing is removed: give --structure 25% or the like")
-            if self.remove.only_experts:
-                raise ValueError(f"{name} is {value}, but only experts are removed: this is for channels and heads")
-            if name == "steps" and self.method != "bypass":
-                raise ValueError(f"steps is {value}, but that is for --structure-method bypass")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _amount_alone(cls, value: Any) -> Any:
+        return {"remove": value} if isinstance(value, (str, int, float)) else value
 
-    def resolved(self, earlier: StructureMethod | None = None) -> Structure:
-        """Return these settings with ``auto`` of the method resolved; ``earlier``: what a begun run has."""
-        if self.method != "auto":
+    @property
+    def resolved(self) -> Structure:
+        """These settings with ``auto`` of the method resolved."""
+        if self.method != "auto" or self.remove is None:
             return self
-        share = None if self.remove is None else self.remove.share or self.remove.mlp
-        few = self.remove is not None and isinstance(share, float) and share <= FEW and self.remove.heads is None
-        return self.model_copy(update={"method": earlier or ("energy" if few else "obs")})
+        share = self.remove.share or self.remove.mlp
+        few = isinstance(share, float) and share <= FEW and self.remove.heads is None
+        return self.model_copy(update={"method": "energy" if few else "obs"})
 
     @property
     def experts(self) -> float | int | None:
