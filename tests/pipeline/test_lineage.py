@@ -16,8 +16,6 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.record import read_pruning_record
 from fistapruner.models.source import ModelSource
-from fistapruner.runs.directory import PruneDirectory
-from fistapruner.runs.lineage import dense_of
 from fistapruner.runs.records import load_run
 
 CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
@@ -109,16 +107,12 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     """Of every verb: figures are against it and training goes towards it, also where the first run is gone."""
     dense, data = next((runs / "models--a--b" / "snapshots").iterdir()), {"source": "python", "seqlen": 16}
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
-    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
-    again = fp.prune(copied, tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
+    again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
     assert again.evaluations[0].against == str(dense)
     assert fp.evaluate(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
     recovered = fp.recover(tmp_path / "again", tmp_path / "out", data=data, steps=1, evaluate=None)
     assert recovered.recovery is not None
     assert recovered.recovery.loss == "kl"
-    found = dense_of(PruneDirectory(tmp_path / "again"))
-    assert found is not None
-    assert found.folder == dense
     changed = shutil.copytree(dense, tmp_path / "changed")
     fp.prune(changed, tmp_path / "first", **settings)
     fp.prune(tmp_path / "first" / "model", tmp_path / "second", **settings)
@@ -134,26 +128,6 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     trained = fp.recover(tmp_path / "first", tmp_path / "text", data=data, steps=1, evaluate=None)
     (warning,) = [each for each in trained.warnings if "(ce)" in each]
     assert warning.startswith(f"the dense model is not found, which was {changed}: ")
-
-
-def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a copied checkpoint, or one pruned again, where another model has the dense model's name."""
-    dense = next((runs / "models--a--b" / "snapshots").iterdir())
-    settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
-    shutil.copytree(dense, tmp_path / "a" / "model")
-    monkeypatch.chdir(tmp_path / "a")
-    fp.prune("model", "run", **settings)
-    copied = shutil.copytree(tmp_path / "a" / "run" / "model", tmp_path / "copied")
-    fp.prune(copied, tmp_path / "again", **settings)
-    tiny.save("llama", tmp_path / "b" / "model", num_hidden_layers=2, seed=1)
-    monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(fp.FistaPrunerError, match="say where it is with --against"):
-        fp.evaluate(tmp_path / "again", "python", seqlen=16, windows=2)
-    for model in (copied, tmp_path / "again"):
-        with pytest.raises(fp.FistaPrunerError, match="give --dense MODEL"):
-            fp.recover(model, tmp_path / "out", data={"source": "python", "seqlen": 16}, loss="kl", steps=1)
 
 
 def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: Path) -> None:
