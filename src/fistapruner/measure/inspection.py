@@ -189,7 +189,7 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
 
 
 def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
-    """Find the n:m pattern of every group of a (rows, columns) weight: the sparsest one, with the shortest groups.
+    """Find the sparsest n:m pattern of a (rows, columns) weight, with the shortest groups.
 
     A pattern that keeps more weights than are nonzero by over 5 % of all describes only a few full rows: then None.
     """

@@ -1,4 +1,4 @@
-"""Reduce logits to token NLL, KL divergence and top-1 agreement, with standard errors and paired tests.
+"""Reduce logits to token NLL, KL divergence and top-1 agreement, with errors and paired tests.
 
 Logits of a whole window would be the largest tensor of an evaluation: 1 GB for 2,048 tokens and 128,000 entries. So
 hidden states go through the head in slices of some hundred tokens, and each slice is reduced to a few numbers for each
@@ -91,7 +91,7 @@ def sum_over_tokens(
 
 
 def perplexity_of(sums: Tensor, length: int, *, sha256: str, **about: Any) -> Perplexity:
-    """Make the record of (windows,) NLL sums of ``length`` tokens each; ``about`` gives the fields beside the numbers.
+    """Make the record of (windows,) NLL sums of ``length`` tokens; ``about`` has its other fields.
 
     Tokens of a window depend on each other, so windows are the independent observations.
     """

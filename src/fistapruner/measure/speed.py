@@ -1,4 +1,4 @@
-"""Measure how fast forms of a model decode: dense, smaller and packed ones, and GGUF files beside them.
+"""Measure how fast forms of a model decode: dense, smaller, packed, and GGUF files beside them.
 
 What is measured is greedy decoding with a cache, one token at a time, as in a chat: speed, time to the first token and
 peak memory. Forms are measured in interleaved rounds, each in a process of its own: other load on the machine slows all
@@ -258,7 +258,7 @@ def load_variant(variant: Variant) -> Any:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded, a low-rank part's among them, or of a GGUF file."""
+    """Count the bytes of the weight files that are loaded, with a low-rank part's, or of a GGUF file."""
     if folder.is_file():
         return folder.stat().st_size
     low_rank = low_rank_part(folder)

@@ -49,7 +49,7 @@ class Passes:
 
 
 class KeptStates:
-    """Keep the last hidden states of the model in a folder in a file, so that it runs once for many others."""
+    """Keep a model's last hidden states in a file, so that it runs once for many others."""
 
     def __init__(self, model: Path, file: Path) -> None:
         self._model, self._file = model, file
@@ -112,7 +112,7 @@ def score_windows(
 
 
 def _run(model: LayerwiseModel, tokens: Tensor, passes: Passes, states: HiddenStates) -> None:
-    """Write the output of the last layer, with half as many windows at a time whenever a GPU's memory runs out."""
+    """Write the last layer's output; half as many windows at a time where a GPU's memory runs out."""
     what = f"decoder layers of {shown_name(model.checkpoint.folder)}"
     batch_size = min(len(tokens), passes.batch_size or windows_at_once(tokens.shape[1], model.device))
     while True:

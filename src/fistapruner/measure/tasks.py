@@ -161,7 +161,7 @@ def evaluate_tasks(
     against: Path | None = None,
     tick: Tick = silent,
 ) -> tuple[TaskResult, ...]:
-    """Score the model in ``folder`` on zero-shot tasks, and the dense one in ``against`` on the same items.
+    """Score the model in ``folder`` on zero-shot tasks, and that in ``against`` on the same items.
 
     ``tick`` is called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
 

@@ -1,4 +1,4 @@
-"""Cache the inputs of output projections whose module is final, so later passes skip the rest of the module.
+"""Cache the inputs of output projections of final modules, so later passes skip the rest of them.
 
 Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once the groups
 inside a child module (the attention, the MLP) that run before its output projection have their final weights, what

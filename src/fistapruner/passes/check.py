@@ -58,7 +58,7 @@ def check_model(model: LayerwiseModel) -> None:
 
 
 def _change_with_later(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> float:
-    """Measure the relative change of a decoder layer's output of the first token with the sign of later tokens.
+    """Measure how a decoder layer's output of the first token changes with the sign of later ones.
 
     What enters of the first token is made small, so that it does not hide in its rounding what the layer adds to it.
     """

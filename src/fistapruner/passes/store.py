@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class HiddenStates:
-    """A store of (samples, seqlen, width) activations, in a file, or in the memory of a device where that is None."""
+    """A store of (samples, seqlen, width) activations, in a file or in the memory of a device."""
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None, device: torch.device = CPU
@@ -48,7 +48,7 @@ class HiddenStates:
     def read(
         self, start: int, stop: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Copy windows ``start`` to ``stop``, (stop - start, seqlen, width), which decoder layers may overwrite.
+        """Copy windows ``start`` to ``stop``, (stop - start, seqlen, width); layers may overwrite them.
 
         ``device`` and ``dtype`` are those of the copy; None is where and as they are stored, the CPU for a file.
         """
@@ -123,7 +123,7 @@ class RoutedTokens:
         self._batches: list[tuple[int, int, Tensor, Tensor]] = []
 
     def keep(self, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        """Keep a batch of windows from ``start`` on: (tokens, n) inputs, (tokens, k) experts and their weights."""
+        """Keep windows from ``start`` on: (tokens, n) inputs, (tokens, k) experts and their weights."""
         windows = len(inputs) // self._inputs.seqlen
         self._inputs.write(start, inputs.reshape(windows, self._inputs.seqlen, -1))
         self._batches.append((start, start + windows, chosen.to("cpu", torch.int32), weights.to("cpu", torch.float32)))

@@ -78,7 +78,8 @@ class RunContext:
     on_device: bool = False
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
-    _own_calls: Calls | None = field(default=None, init=False)  # for a reduced batch size
+    _reduced: bool = field(default=False, init=False)  # the batch size is no longer what the run decided
+    _own_calls: Calls | None = field(default=None, init=False)  # for the reduced one
 
     @classmethod
     def open(
@@ -282,6 +283,8 @@ class RunContext:
         """
         while True:
             try:
+                if self._reduced and self._own_calls is None:
+                    self._own_calls = self.calls()
                 return work()
             except torch.OutOfMemoryError:
                 before = min(self.numerics.batch_size, len(self.tokens))
@@ -298,7 +301,7 @@ class RunContext:
                     store.to_main_memory()
             fewer = before // _smallest_divisor(before)
             self.numerics = self.numerics.model_copy(update={"batch_size": fewer})
-            self._own_calls = self.calls()
+            self._reduced, self._own_calls = True, None
             warning = f"{what}: the memory of {self.model.device} ran out; it goes on with {counted(fewer, 'window')}"
             log.warning("%s", warning := f"{warning} at a time instead of {before}")
             if warnings is not None:
