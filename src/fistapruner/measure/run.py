@@ -385,7 +385,7 @@ def evaluate(
 
 
 def bench(model: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
-    """Measure speed, memory and sizes of a pruned model, or of a finished run, whose figures are kept with the run.
+    """Measure speed, memory and sizes of a pruned model, or of a finished run, which keeps them.
 
     Arguments, result and errors are those of :func:`bench_run` and :func:`fistapruner.measure.speed.bench`.
     """

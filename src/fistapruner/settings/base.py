@@ -1,4 +1,4 @@
-"""Base of all settings and of the recipes that hold them, and the one table of settings that need each other."""
+"""Base of all settings and recipes, and the one table of settings that need each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read settings as users write them: YAML, ``KEY=VALUE``, recipe files, sizes, shares and names of operators."""
+"""Read settings as users write them: YAML, ``KEY=VALUE``, sizes, shares, names of operators."""
 
 from __future__ import annotations
 

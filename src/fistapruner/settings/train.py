@@ -1,4 +1,4 @@
-"""Define the settings of runs that train: what is trained, how fast, and for recovery the text and the loss."""
+"""Define the settings of runs that train: what is trained, how fast, the text and the loss."""
 
 from __future__ import annotations
 
