@@ -118,8 +118,8 @@ def test_evaluation_and_speed_keep_within_a_quota(tmp_path: Path, monkeypatch: p
 
     counts: list[int] = []
 
-    def start(load: object, variant: Variant, *setting: int) -> None:
-        counts.append(setting[-1])
+    def start(load: object, variant: Variant, *, threads: int, **_: int) -> None:
+        counts.append(threads)
         raise Started
 
     monkeypatch.setattr(devices, "quotas", lambda: [1])

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, one_line, path_text, with_name
+from ..errors import A_MODEL, FistaPrunerError, at_home, one_line, path_text, with_name
 from ..runtime.files import disk_errors, require_utf8
 from ..settings.parse import YAML_FAULTS
 from .checkpoint import (
@@ -131,7 +131,7 @@ class ModelSource:
 
 def default_cache() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+    return Path(at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / CACHE
 
 
 def resolve_model(
