@@ -112,6 +112,7 @@ def _prune_groups(
             tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
             record.weights |= tensors
             record.removals.append(removal)
+            release_memory()
         if consumers := passes.cut_before(number):
             remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
             release_memory()
