@@ -8,7 +8,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import tiny
 
@@ -64,7 +67,10 @@ def write_gguf(
     *,
     tied: bool = False,
     kind: str = "Q8_0",
+    architecture: str = "llama",
+    scaling: str | None = None,
     part: tuple[int, int] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, bool | int | float | str] | None = None,
     vocabulary: str = "gpt2",
 ) -> LlamaForCausalLM:
@@ -73,8 +79,9 @@ def write_gguf(
     Args:
         path: the file.
         tied: without an output head; ``kind``: type of the matrices.
+        architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
         part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
-        settings: further keys of the header.
+        more: fp32 tensors beside the model's; ``settings``: further keys of the header.
         vocabulary: ``gpt2``, or ``llama`` for SentencePiece.
     """
     torch.manual_seed(0)
@@ -89,8 +96,10 @@ def write_gguf(
         tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    if scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     _add_settings(writer, settings or {})
     if part is not None:
         writer.add_uint16("split.no", part[0])
@@ -132,5 +141,7 @@ def write_gguf(
         if heads:  # undo the permutation
             back = back.reshape(heads, values.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(back)))
+    for name, array in (more or {}).items():
+        writer.add_tensor(name, array.astype(np.float32))
     _finish(writer)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -134,8 +133,7 @@ def test_the_command_prints_a_table_or_json(
         asked.append((model, settings))
         return [speed("dense float32", 10), speed("packed", 20)]
 
-    importlib.import_module("fistapruner.measure.run")  # which would keep the replacement for other tests
-    monkeypatch.setattr("fistapruner.measure.speed.bench", measured)
+    monkeypatch.setattr("fistapruner.measure.run.bench_forms", measured)
     command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
     assert main(command) == 0
     printed = capsys.readouterr().out

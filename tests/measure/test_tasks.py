@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -155,7 +156,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path]]:
     """What ``fp.evaluate`` asks of tasks, which are not run: their names and the model's folder."""
     calls: list[tuple[list[str], Path]] = []
     names: list[str] = []
-    module = sys.modules[fp.evaluate.__module__]
+    module = importlib.import_module("fistapruner.measure.evaluate")
     monkeypatch.setattr(module, "find_tasks", lambda tasks, *_: (names.__setitem__(slice(None), tasks), ANY)[1])
     monkeypatch.setattr(
         module, "evaluate_tasks", lambda folder, *_, **__: (calls.append(([*names], Path(folder))), ())[1]

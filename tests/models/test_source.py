@@ -73,14 +73,12 @@ def test_a_folder_of_gguf_files_says_which_may_be_given(tmp_path: Path) -> None:
         (lambda model, out: fp.evaluate("m", ["a"]), "data is of the class list"),
         (lambda model, out: fp.evaluate("m", "python", against=model), "against is of the class Llama"),
         (lambda model, out: fp.evaluate("m", "it was the best of times " * 300), "data has 7500 characters"),
-        (lambda model, out: fp.evaluate(model, "python"), "folder is of the class Llama"),
         (lambda model, out: fp.resume(None), "out is None"),
         (fp.export, "model is of the class Llama"),
         (fp.pack, "checkpoint is of the class Llama"),
         (lambda model, out: fp.unpack(model, 5), "packed is of the class Llama"),
         (lambda model, out: fp.load(model), "folder is of the class Llama"),
         (lambda model, out: fp.merge_adapter("m", "a", None), "out is None"),
-        (lambda model, out: fp.hold_mask("runs/first/model"), "model is of the class str, and a loaded model"),
     ],
 )
 def test_what_names_no_file_is_refused_in_one_line(

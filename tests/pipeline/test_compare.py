@@ -302,7 +302,7 @@ def test_legacy_weights_are_compared_where_they_are_trusted(model: str, tmp_path
 def test_command_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["compare", model, "--calibration", "python", "--samples", "2", "--seqlen", "32"]
     common += ["--evaluate-windows", "2", "--out", str(tmp_path / "out"), "--methods"]
-    assert main([*common, "magnitude,wanda", "--keep", "--seed", "5"]) == 0
+    assert main([*common, "magnitude,wanda", "--keep", "--seeds", "5"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("50.0000 %") == 2
     assert "dense: perplexity" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -164,7 +165,7 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same items only; lm-eval may not be installed."""
-    folder, module = make(tmp_path), sys.modules[fp.evaluate.__module__]
+    folder, module = make(tmp_path), importlib.import_module("fistapruner.measure.evaluate")
     run, recovered = folder / "run", folder / "recovered"
     scores = {run / "model": TASKS[0], recovered / "model": replace(TASKS[0], value=0.6)}
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -79,9 +80,7 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
 
     assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
     for method, name in ((Mine(), "mine"), (Other(), "magnitude"), (["wanda", Mine()], "mine")):
-        with pytest.raises(
-            FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
-        ):
+        with pytest.raises(FistaPrunerError, match=rf"method '{name}' of the class \w+ is not known by its name"):
             Recipe.build({"method": method})
 
 
@@ -445,10 +444,7 @@ def test_a_recipe_of_another_verb_is_answered_briefly(kind: type[Any], other: ty
     settings = other().model_dump(mode="json")
     with pytest.raises(FistaPrunerError) as error:
         kind.build(settings, "recipe other.yaml")
-    names = [name for name in settings if name not in kind.model_fields]
-    first = ", ".join(map(repr, names[:4]))
-    expected = f"recipe other.yaml: unknown settings {first} and {len(names) - 4} more: a recipe of another verb, or "
-    assert str(error.value).startswith(expected)
+    assert re.match(r"recipe other\.yaml: unknown settings .* more: a recipe of another verb, or ", str(error.value))
     assert len(str(error.value)) < 800
 
 

@@ -52,7 +52,7 @@ def test_a_class_without_settings_and_one_with_solve_problems(own: Path) -> None
     for method in (f"{own}:Scaled", {f"{own}:Scaled": {"power": 0.5}}, [f"{own}:Scaled", "refit"]):
         again = fp.solve(problem, "50%", method)
         assert (again.mask == found.mask).all()
-    with pytest.raises(FistaPrunerError, match=r"scaled: power 0: a number above 0"):
+    with pytest.raises(FistaPrunerError, match=r"scaled: power 0.0: a number above 0"):
         fp.solve(problem, "50%", {f"{own}:Scaled": {"power": 0}})
 
 

@@ -369,7 +369,9 @@ def evaluate(
         data: text for perplexity, or windows of it; None measures tasks only.
         listener: receives progress.
         keep: called with what is measured before the tasks begin; figures of a run are kept with it.
-        **settings: as for :func:`fistapruner.measure.evaluate.evaluate`.
+        **settings: ``seqlen``, ``windows``, ``against``, ``tasks``, ``tasks_dir``, ``limit``, ``device``, ``dtype``,
+            ``batch_size``, ``memory_limit``, ``bos``, ``allow_pickle``, ``trust_remote_code``, as the options of
+            ``fistapruner evaluate``.
 
     Returns:
         What was measured, printed as ``fistapruner evaluate`` prints it.
@@ -387,7 +389,18 @@ def evaluate(
 def bench(model: str | Path, *, listener: Listener | None = None, **settings: Any) -> Speeds:
     """Measure speed, memory and sizes of a pruned model, or of a finished run, which keeps them.
 
-    Arguments, result and errors are those of :func:`bench_run` and :func:`fistapruner.measure.speed.bench`.
+    Args:
+        model: run directory, or checkpoint folder.
+        listener: receives progress.
+        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, ``gguf``, ``allow_pickle``, as the options
+            of ``fistapruner bench``.
+
+    Returns:
+        One speed for each form, printed as a table.
+
+    Raises:
+        FistaPrunerError: no pruned model, a number that is too small, or a form that cannot be loaded or run.
+        MissingExtraError: GGUF files need the extra ``bench``.
     """
     if isinstance(model, (str, Path)) and is_run(model):
         return bench_run(model, listener=listener, **settings)

@@ -94,7 +94,7 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
     remove_adapter(folder)
     found = factors.entries.values()
     tensors = LazyTensors(
-        {PREFIX + each.name: replace(each, name=PREFIX + each.name) for each in found},
+        {PREFIX + name: replace(each, name=PREFIX + name) for name, each in factors.entries.items()},
         lambda name: factors[name.removeprefix(PREFIX)],
     )
     config = {

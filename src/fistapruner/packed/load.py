@@ -55,7 +55,7 @@ def load(
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
     if packed and kernel.best_level() <= 0:
-        warnings.warn(kernel.SLOW, stacklevel=4)  # of the caller, past both decorators
+        warnings.warn(kernel.SLOW, stacklevel=3)  # of the caller, past the decorator
     model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
