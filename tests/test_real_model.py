@@ -61,7 +61,7 @@ def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> No
 
     def errors(report: fp.Report) -> list[Any]:
         # Only the first operator of each layer: it sees the same inputs whatever was pruned before it in the layer.
-        return [layer.operators[0].relative_error for layer in report.layers]
+        return [layer.operators[0].relative_error for layer in report.layers if layer.operators]
 
     assert sum(errors(reports["proximal"])) < sum(errors(reports["sparsegpt"])) < sum(errors(reports["magnitude"]))
 
@@ -106,6 +106,7 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     for words in ("perplexity, python", "(dense ", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
         assert words in printed.out
     assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
+    capsys.readouterr()
     assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "finished"
+    assert json.loads(capsys.readouterr().out)["status"] == "finished"
     assert torch.is_grad_enabled()
