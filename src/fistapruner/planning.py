@@ -155,7 +155,6 @@ def make_plan(
     *,
     drawn: bool = False,
     timed: bool = False,
-    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Plan a run.
 
@@ -169,7 +168,6 @@ def make_plan(
         widths: whose channels and experts are removed; None where none are.
         drawn: the calibration windows are there already, so that the model generates none.
         timed: prune one layer on one batch of random tokens, for the time.
-        notes: sentences for the plan.
 
     Raises:
         FistaPrunerError: no choice fits the memory, or the disk is too small; names what does not fit and the bytes.
@@ -198,7 +196,7 @@ def make_plan(
         whole = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, bound.samples, bound.seqlen)
         require_whole(whole, device, execution.memory_limit, "--calibration")
         (on_gpu or memory)[GENERATING] = whole if on_gpu else bound.base + whole
-    return Plan(choice, memory, on_gpu, disk, workers, (*notes, *changed), seconds)
+    return Plan(choice, memory, on_gpu, disk, workers, changed, seconds)
 
 
 def _worst(stages: Mapping[str, int]) -> str:

@@ -182,9 +182,8 @@ def plan_pruning(
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
     opened = open_operators(source, recipe)
-    return make_plan(
-        opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True, notes=opened.notes
-    )
+    plan = make_plan(opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True)
+    return replace(plan, notes=(*opened.notes, *plan.notes))
 
 
 def _resolved(request: Request, settled: PruneRecord | None) -> Request:
