@@ -174,7 +174,8 @@ class Recipe(RunRecipe):
     )
     method: MethodSetting = Field(
         "proximal",
-        description="A solver, or a chain such as wanda+refit; 'fistapruner methods' lists solvers and refinements.",
+        description="A solver, a chain such as wanda+refit, or your own ./mine.py:CLASS; 'fistapruner methods' lists "
+        "solvers and refinements.",
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
         "auto",
