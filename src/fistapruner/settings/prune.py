@@ -174,7 +174,7 @@ class Recipe(RunRecipe):
     )
     method: MethodSetting = Field(
         "proximal",
-        description="A solver, a chain such as wanda+refit, or your own ./mine.py:CLASS; 'fistapruner methods' lists "
+        description="A solver, a chain (wanda+refit), or ./mine.py:CLASS; 'fistapruner methods' lists "
         "solvers and refinements.",
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
