@@ -32,9 +32,9 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 AREAS = {  # files or folders of the package, and the folders of the tests that cover them
-    "solver": ("core/problem.py core/sums.py core/linalg.py solvers papers/goa.py", "solvers core papers"),
-    "mask": ("core/constraints.py training/masked.py training/hold_mask.py", "core training pruning"),
-    "journal": ("runs/store.py runs/steps.py runs/directory.py runs/settled.py", "runs pruning faults pipeline"),
+    "solver": ("core/problem.py core/sums.py core/linalg.py solvers", "solvers core"),
+    "mask": ("core/constraints.py training/masked.py training/hold_mask.py", "core training"),
+    "journal": ("runs/store.py runs/steps.py runs/directory.py runs/settled.py", "runs pipeline faults"),
     "writer": (
         "models/write.py models/safetensors.py models/checkpoint.py pruning/write.py",
         "models pruning pipeline",
