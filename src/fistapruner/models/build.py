@@ -256,30 +256,18 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return checkpoint.nbytes * dtype.itemsize // checkpoint.dtype.itemsize
 
 
-def require_tasks_fit(folder: Path, nbytes: int, limit: int) -> None:
-    """Refuse zero-shot tasks on a whole model whose weights a limit of main memory does not hold."""
-    needed = resident_memory() + int(nbytes / ROOM)
-    if needed > limit:
-        raise FistaPrunerError(
-            f"memory_limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "
-            f"{size(needed)}: raise it, or leave out --tasks"
-        )
-
-
-def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str) -> None:
-    """Refuse to load a model that generates text if it does not fit.
+def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str, instead: str) -> None:
+    """Refuse to load a whole model that does not fit.
 
     Args:
-        nbytes: of its weights, and of what generating needs beside them.
+        nbytes: of its weights, and of what is needed beside them.
         device: where it would run.
         limit: bytes of main memory that the process may use; None is what is free.
-        option: that asks for the text: ``--calibration`` or ``--data``.
+        option: that asks for it, such as ``--calibration self``; ``instead``: what to do without it.
     """
     if nbytes > (left := _left(device, limit)):
-        raise FistaPrunerError(
-            f"{option} self needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there: "
-            f"take text instead, such as {option} c4, python or a file"
-        )
+        needed = f"{option} needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there"
+        raise FistaPrunerError(f"{needed}: {instead}")
 
 
 def _left(device: torch.device, limit: int | None) -> int:
