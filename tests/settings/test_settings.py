@@ -24,7 +24,6 @@ from fistapruner.settings.parse import (
     parse_bytes,
     parse_count,
     parse_value,
-    parse_yaml,
 )
 from fistapruner.settings.prune import Calibration
 from fistapruner.settings.structure import Remove
@@ -260,18 +259,6 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
             parse_value(text, "x")
 
 
-def test_keys_are_words_in_yaml() -> None:
-    """Norwegian is a task like others; as a value the word stays a truth value."""
-    assert parse_yaml("mix: {en: 0.7, no: 0.3}\non: no", "x") == {"mix": {"en": 0.7, "no": 0.3}, "on": False}
-
-
-def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "own.yaml"
-    file.write_text("seed: 1\nstructure:\n  steps: 3\n  lr: 0.1\n  steps: 4\n")
-    with pytest.raises(FistaPrunerError, match=r"own\.yaml is not valid YAML: 'steps' stands twice, again in line 5$"):
-        load_recipe_settings(str(file))
-
-
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
@@ -315,7 +302,7 @@ def test_yes_is_no_number(setting: str, message: str) -> None:
 @pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "lr", "clip"])
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
 def test_infinity_is_no_number(setting: str, number: str) -> None:
-    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}: .*number"):
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}.*number"):
         AlignRecipe.from_yaml(f"{setting}: {number}")
 
 

@@ -65,13 +65,9 @@ def model_inside(folder: Path) -> Path:
 
 
 def which_gguf(folder: Path) -> str:
-    """Name the GGUF files of a folder without other weights, for the end of an error."""
-    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
-    names = [path.name for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
-    if not names or any(path.suffix in (".safetensors", ".bin") for path in files):
-        return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf"
+    """Name a GGUF file of a folder without other weights, for the end of an error."""
+    name = next((path.name for path in sorted(folder.glob("[!.]*.gguf"))), "")
+    return name and f"; it holds GGUF files: give one of them, such as {folder / name}"
 
 
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,10 +172,6 @@ def resolve_model(
         fault = "is neither a folder with a Hugging Face model nor a .gguf file"
     elif path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         fault = f"does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
-    elif "/" in text and path.parent.is_dir():
-        fault = f"does not exist: the folder {path.parent} has no {path.name!r} in it"
-    elif get_close_matches(text, [SMALL_MODEL], cutoff=0.8):
-        fault = f"does not exist: did you mean {SMALL_MODEL!r}?"
     if fault:
         raise FistaPrunerError(f"model {text!r} {fault}")
     return _from_hub(text, download, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)

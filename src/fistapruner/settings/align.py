@@ -7,13 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, SEVERAL, Seed, Settings, word_or_number
+from .base import PATHS_TOO, SEVERAL, Seed, Settings
 from .train import TrainingRecipe
 
 PREFERENCE_LOSSES = ("dpo", *SEVERAL)
 """Losses that compare the answers of a pair; they have references."""
-
-Clip = Annotated[Literal["none"] | float, word_or_number("none", "none or a number is expected")]
 
 
 def _words(value: Any) -> Any:
@@ -69,7 +67,7 @@ class AlignRecipe(TrainingRecipe):
         "accuracy on the held-out pairs), held-out-margin (to its mean margin there), or per-pair (to its margin on "
         "the very pair that the loss uses; MRPO).",
     )
-    clip: Clip = Field(
+    clip: Literal["none"] | float = Field(
         0.1,
         description="Trust region of harmonic: how far other references may be from the first, which is "
         "pruned where it is one, as a share of its log-probabilities, or none.",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from ..errors import FistaPrunerError
-from .base import PATHS_TOO, RunRecipe, Seed, Texts, word_or_number
+from .base import PATHS_TOO, RunRecipe, Seed, Texts
 from .execution import Execution
 from .parse import Patterns, check_patterns, parse_value
 from .structure import Structure
@@ -108,15 +108,7 @@ MethodSetting = Annotated[Any, BeforeValidator(read_method), PlainSerializer(_du
 AllocationSetting = Annotated[
     Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
 ]
-DenseTarget = Annotated[
-    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
-    word_or_number(
-        "auto",
-        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
-        lambda share: 0 <= share <= 1,
-    ),
-    BeforeValidator(_dense_target),
-]
+DenseTarget = Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_dense_target)]
 
 
 class Calibration(Texts):
