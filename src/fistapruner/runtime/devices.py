@@ -195,7 +195,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -205,19 +205,16 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in _tensors((out,)):
             storage = tensor.untyped_storage()
             if not tensor.is_meta and id(storage) not in self._known and id(storage) not in known:
-                self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
+                self._known.add(id(storage))
                 self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, id(storage), storage.nbytes()).atexit = False
         self.peak = max(self.peak, self.live + extra)
         return out
 
-    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
-        """Make the callback that subtracts a freed storage."""
-
-        def forget(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live -= size
-
-        return forget
+    def _forget(self, key: int, size: int) -> None:
+        """Subtract a freed storage."""
+        self._known.discard(key)
+        self.live -= size
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
