@@ -19,7 +19,7 @@ from fistapruner.core import NM
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 

@@ -18,14 +18,11 @@ import torch
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import PRUNING_RECORD
 from fistapruner.runs.directory import LayerJournal, PruneDirectory, RecoverDirectory, RunDirectory, refuse_out
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Logged, log_file
+from fistapruner.runs.log import Listener, Logged, StepJournal, log_file, spent
 from fistapruner.runs.records import LayerEntry, ModelFacts, Report, load_run, parse
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
-from fistapruner.runs.steps import StepJournal
 from fistapruner.runs.store import Snapshots
-from fistapruner.runs.times import spent
 from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, threads=1, device="cpu", dtype="float32")

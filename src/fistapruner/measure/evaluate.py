@@ -20,7 +20,7 @@ from ..models.low_rank import LowRankAdapter
 from ..models.source import Permissions
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
-from ..runs.results import Evaluation
+from ..runs.records import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent

@@ -25,7 +25,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
 from ..runs.directory import PruneDirectory
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import CalibrationFacts
 from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.numerics import dtype_name

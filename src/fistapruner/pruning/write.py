@@ -22,9 +22,8 @@ from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, sta
 from ..models.safetensors import SafetensorsFile
 from ..reporting.model_card import model_card
 from ..runs.lineage import add_stage, update_stage
-from ..runs.listener import Listener
+from ..runs.log import Listener, Times
 from ..runs.records import Report, Totals
-from ..runs.times import Times
 from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
 from ..structure.experts import chosen_experts
