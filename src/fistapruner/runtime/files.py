@@ -83,6 +83,7 @@ def require_space(path: Path, nbytes: int) -> None:
 
 def open_file(path: Path) -> int:
     """Open a file for reading and writing, made if it is missing and no link; return its descriptor."""
+    refuse_link(path)
     with disk_errors(path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
