@@ -1,9 +1,7 @@
 """Read and write safetensors files tensor by tensor; the reference library checks their headers.
 
-A file is 8 bytes (little-endian length of the header), the header (JSON: tensor name to ``dtype``, ``shape`` and
-``data_offsets``, plus an optional ``__metadata__`` of strings), then the bytes of all tensors, without holes.
-``safe_open`` checks the header. Tensors are read into fresh memory, because reading a memory map of a file that was
-truncated after it was opened ends the process with a bus error.
+Tensors are read into fresh memory: a memory map would count as the process's, and end it with a bus error where the
+file was truncated after it was opened.
 """
 
 from __future__ import annotations
