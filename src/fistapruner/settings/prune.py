@@ -1,9 +1,4 @@
-"""Define the settings of a pruning run, for YAML recipes, the command line and the API.
-
-Everything that determines the pruned weights is in :class:`Recipe`. Its section ``execution`` (device, memory,
-executor) only says how the work is carried out and is not part of a run's identity. A setting is described once, on its
-field: the command line and the reference page are made from the fields.
-"""
+"""Define the settings of a pruning run; the command line and the reference page are made from the fields."""
 
 from __future__ import annotations
 
@@ -59,13 +54,9 @@ def read_method(value: Any) -> tuple[Method, ...]:
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
     for step in steps:
-        if not step.reference and METHODS.get(step.name) is not type(step):
-            raise ValueError(
-                f"method {step.name!r} of the class {type(step).__name__} is not known by its name to worker "
-                "processes and a resumed run: give FILE.py:CLASS; fp.solve takes the object as it is"
-            )
-        if type(step)(**step.settings()) != step:
-            raise ValueError(f"{step!r} has arguments that a recipe does not keep; fp.solve takes it as it is")
+        kind = type(step) if step.reference else METHODS.get(step.name)
+        if kind is not type(step) or kind(**step.settings()) != step:
+            raise ValueError(f"{step!r} is more than a recipe keeps; give FILE.py:CLASS, or take fp.solve")
     return steps
 
 
