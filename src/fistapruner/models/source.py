@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, at_home, one_line, path_text, with_name
@@ -92,13 +91,12 @@ class ModelSource:
 
     def card(self) -> dict[str, Any]:
         """Read the metadata of the model card (``README.md``); empty where there is none that can be read."""
+        from huggingface_hub import metadata_load
+
         try:
-            text = (self.folder / "README.md").read_text("utf-8")
-            block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
-            metadata = yaml.safe_load(block.group(1)) if block else None
+            return metadata_load(self.folder / "README.md") or {}
         except (OSError, *YAML_FAULTS):
             return {}
-        return metadata if isinstance(metadata, dict) else {}
 
     def own_code(self) -> list[str]:
         """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
