@@ -50,16 +50,14 @@ class AlignRecipe(TrainingRecipe):
 
     loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "accuracy", "none"] = Field(
         "dpo",
-        description="dpo, multi-dpo, harmonic, geometric, sft, accuracy or none; dpo has one reference, multi-dpo is "
-        "the mean of dpo over references, harmonic and geometric are dpo with a mean of the references (MRPO), sft the "
-        "cross-entropy of the chosen answers, accuracy the share of pairs whose rejected answer is as likely, which "
-        "has no gradient, and none leaves the anchor alone: distillation.",
+        description="dpo, multi-dpo, harmonic, geometric, sft, accuracy or none; multi-dpo is the mean of dpo over "
+        "references, harmonic and geometric are dpo with a mean of the references (MRPO), sft the cross-entropy of the "
+        "chosen answers, accuracy the share of pairs whose rejected answer is as likely, and none distillation alone.",
     )
     references: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
         (),
         description="Reference models of the loss: pruned (the model that goes in), dense, and other models or runs "
-        "with the same tokenizer; two or more but for dpo. Without it pruned for dpo, and pruned,dense for the losses "
-        "of several references.",
+        "with the same tokenizer. Without it pruned for dpo, and pruned,dense for the losses of several references.",
     )
     weights: Literal["fixed", "held-out", "held-out-margin", "per-pair"] = Field(
         "fixed",

@@ -36,8 +36,8 @@ class TrainingRecipe(RunRecipe):
     parameters: Literal["lora", "full", "spp", "norms"] = Field(
         "lora",
         description="What is trained: lora, full, spp or norms. lora is a masked low-rank change, merged exactly, full "
-        "every surviving weight, spp rescales surviving weights, norms is norms and biases only, which the others "
-        "train, too, but spp as published. mezo and subzero train all weights.",
+        "every surviving weight, spp rescales surviving weights, norms is norms and biases only. mezo and subzero "
+        "train all weights.",
     )
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
