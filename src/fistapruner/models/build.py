@@ -74,7 +74,7 @@ def refuse_own_code(folder: Path, why: str) -> None:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Read the config of a model, so that attention and experts are computed by built-in code of transformers."""
+    """Read the config of a model, with built-in code for attention and experts."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -275,7 +275,7 @@ def _left(device: torch.device, limit: int | None) -> int:
 def load_whole(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """Load a ``transformers`` model for forward passes, with the low-rank part that belongs to its checkpoint.
+    """Load a ``transformers`` model for forward passes, with the low-rank part of its checkpoint.
 
     Args:
         folder: a Hugging Face folder, dense or packed.

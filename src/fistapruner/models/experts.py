@@ -30,7 +30,7 @@ ROWS = 64
 
 
 class ExpertLinear(nn.Linear):
-    """A linear operator of an expert; zeros make its number of tokens one of few, for which oneDNN keeps programs."""
+    """A linear operator of an expert; zeros make its number of tokens one of few, as oneDNN needs."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the outputs (tokens, m) of the inputs (tokens, n)."""
@@ -70,7 +70,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of one mixture, called with what the router has chosen; each runs once, in order, also on no token.
+    """The experts of one mixture, called with the router's choice; each runs once, also on no token.
 
     Args:
         fused: the module of ``transformers``.

@@ -54,7 +54,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed`` (n, m): fp32, in main memory."""
+    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, in main memory."""
     return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
 
 
@@ -180,7 +180,7 @@ class LowRankAdapter:
         return self.factors[operator + A], self.factors[operator + B]
 
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
-        """Add the low-rank part of an operator to its stored weight, in fp32; others are returned as they are."""
+        """Add an operator's low-rank part to its stored weight, in fp32; return others as they are."""
         if (factors := self.of(parameter)) is None:
             return weight
         a, b = (factor.to(weight.device) for factor in factors)

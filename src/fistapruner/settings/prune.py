@@ -1,4 +1,4 @@
-"""Define the settings of a pruning run; the command line and the reference page are made from the fields."""
+"""Define the settings of a pruning run; flags and the reference page are made from the fields."""
 
 from __future__ import annotations
 
