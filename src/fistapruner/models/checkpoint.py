@@ -152,7 +152,7 @@ class PickleFile:
 
 
 class Checkpoint:
-    """An opened checkpoint folder: names and shapes in memory, values on disk, under the names that the files give.
+    """An opened checkpoint folder: names and shapes in memory, values on disk.
 
     Two kinds of names are made: by :meth:`take_apart` and :meth:`join`.
 

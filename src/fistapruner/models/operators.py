@@ -372,7 +372,7 @@ def _residual_writers(
 
 
 class StoredModel(NamedTuple):
-    """Operators by the names of their stored weights; names of the stored parameters, None where one is missing."""
+    """Operators by their stored weights; the stored parameters, None where one is missing."""
 
     operators: dict[str, Operator]
     parameters: set[str] | None
