@@ -342,7 +342,7 @@ def _is_read(module: nn.Module, run: Callable[[], Tensor]) -> bool:
 def _residual_writers(
     layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]
 ) -> tuple[str, ...]:
-    """Find the operators whose output is only added to the residual stream; none where these are not all of it.
+    """Find the operators whose output is only added to the residual stream; none if more is added.
 
     Noise on such an output, with the outputs of later operators fixed, appears unchanged in the layer's output.
 
