@@ -120,8 +120,8 @@ def read_text(data: str) -> tuple[str, str, int | None]:
     return (text, "held out", None) if known is None else (text, known.held_out.name, known.held_out.windows)
 
 
-def check_data(data: str) -> None:
-    """Refuse evaluation text that is neither a known name nor a text file, or needs a missing extra.
+def check_data(data: str | Path) -> str:
+    """Return the name of evaluation text that is a known one or a text file.
 
     Raises:
         FistaPrunerError: names the text and the known ones.
@@ -134,6 +134,7 @@ def check_data(data: str) -> None:
         known = ", ".join([*DATA_SETS, PYTHON])
         raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
     check_extra(data)
+    return data
 
 
 def evaluation_documents(data: str) -> list[str]:
