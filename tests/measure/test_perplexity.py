@@ -151,6 +151,8 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"windows": "3"}, "windows: Input should be a valid integer"),
         ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
         ({"limit": 0, "tasks": ["piqa"]}, "limit: Input should be greater than 0"),
+        ({"limit": 5}, "limit 5 has no effect, because no task is given: leave it out"),
+        ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16 has no effect, because no text to cut is given"),
         ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
         ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere has no \.yaml file"),
     ],

@@ -92,14 +92,15 @@ def evaluate(
     tick = tick or silent
     against = None if against is None else path_text("against", against, A_MODEL)
     given = {"seqlen": seqlen, "windows": windows, "bos": bos, "limit": limit, "dtype": dtype, "batch_size": batch_size}
-    asked = _checked(tasks=[tasks] if isinstance(tasks, str) else tasks, memory_limit=memory_limit, **given)
     folder = None if tasks_dir is None else Path(path_text("tasks_dir", tasks_dir, A_FOLDER))
+    names = [tasks] if isinstance(tasks, str) else tasks
+    if to_cut := data is not None and not isinstance(data, Windows):
+        data = check_data(data)
+    asked = _checked(to_cut, folder is not None, tasks=names, memory_limit=memory_limit, **given)
     if data is None and folder is None and not asked.tasks:
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
         )
-    if data is not None and not isinstance(data, Windows):
-        data = check_data(data)
     begin = time.perf_counter()
     place = choose_device(device)
     known = find_tasks(asked.tasks, folder) if asked.tasks or folder is not None else None
@@ -133,7 +134,7 @@ def evaluate(
             length = data.seqlen if isinstance(data, Windows) else seqlen or default
             if longest is not None and length > longest:
                 raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
-            cut = data if isinstance(data, Windows) else load_windows(data, tokenizers[0], length, windows, bos)
+            cut = data if isinstance(data, Windows) else load_windows(str(data), tokenizers[0], length, windows, bos)
             found = _with_text(found, cut, opened, Passes(batch_size, asked.memory_limit, tick), kept)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
@@ -162,12 +163,26 @@ class _Request(BaseModel):
     ] = None
 
 
-def _checked(**settings: Any) -> _Request:
-    """Check settings before anything is opened; an error names the one that is out of range."""
+def _checked(text: bool, folder: bool, **settings: Any) -> _Request:
+    """Check settings before anything is opened.
+
+    Args:
+        text: there is a text to cut; ``folder``: there is a folder of tasks.
+        **settings: fields of the request.
+
+    Raises:
+        FistaPrunerError: names a setting that is out of range or has no effect.
+    """
     try:
-        return _Request(**settings)
+        asked = _Request(**settings)
     except ValidationError as error:
         raise FistaPrunerError(explain(error)) from None
+    tasks = folder or bool(asked.tasks)
+    needed = {"seqlen": ("text to cut", text), "windows": ("text to cut", text), "limit": ("task", tasks)}
+    for name, (what, there) in needed.items():
+        if (value := getattr(asked, name)) is not None and not there:
+            raise FistaPrunerError(f"{name} {value} has no effect, because no {what} is given: leave it out")
+    return asked
 
 
 def _with_text(
