@@ -95,7 +95,7 @@ def test_pairs_of_a_task_with_line_separators_inside_its_texts(tmp_path: Path, m
         (other_programs, ["--data", "x", "--out", "y", "--methods", "magnitude"]),
         (power_scheduling, ["--seeds", "0"]),
         (workload_allocation, ["--noise", "switch,other"]),
-        (mutations, ["--rooms", "nowhere"]),
+        (mutations, ["--areas", "nowhere"]),
     ],
 )
 def test_an_option_that_names_nothing_is_refused(
@@ -108,15 +108,11 @@ def test_an_option_that_names_nothing_is_refused(
     assert options[-2] in capsys.readouterr().err
 
 
-def test_the_same_seed_draws_the_same_mutants_which_can_be_read() -> None:
-    drawn = [list(mutations.draw(["core", "planning.py"], 8, seed=1)) for _ in range(2)]
-    assert [room for room, _ in drawn[0]] == ["core", "planning.py"] * 4
-    changed = []
-    for _, mutant in drawn[0]:
-        source = (mutations.REPOSITORY / "src" / "fistapruner" / mutant.path).read_text("utf-8")
-        changed.append(mutant.apply(source))
-        assert ast.dump(ast.parse(changed[-1])) != ast.dump(ast.parse(source))
-    assert changed == [
-        mutant.apply((mutations.REPOSITORY / "src" / "fistapruner" / mutant.path).read_text("utf-8"))
-        for _, mutant in drawn[1]
-    ]
+def test_every_mutant_is_another_program_and_has_the_same_name_in_any_checkout() -> None:
+    source = mutations.REPOSITORY / "src" / "fistapruner"
+    found = mutations.find_mutants(source, "solvers/sparsegpt.py")
+    assert set(found) <= set(mutations.find_mutants(source, "."))
+    text = (source / "solvers" / "sparsegpt.py").read_text("utf-8")
+    changed = {ast.dump(ast.parse(mutant.apply(text))) for mutant in found.values()}
+    assert ast.dump(ast.parse(text)) not in changed
+    assert len(changed) > len(found) // 2 > 5

@@ -8,7 +8,7 @@ from .errors import FistaPrunerError, out_path
 from .models.source import Permissions
 from .pruning.run import resume_pruning
 from .runs.directory import DIRECTORIES, PruneDirectory, RunDirectory
-from .runs.listener import Listener
+from .runs.log import Listener
 from .runs.records import Report
 from .runtime.machine import launched
 from .training.run import ALIGN, RECOVER, resume_training

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import tiny
-from fistapruner.runs.steps import read_steps
+from fistapruner.runs.log import read_steps
 
 SETTINGS = ["--method", "sparsegpt", "--set", "dense_target=0.5", "--set", "residual=correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]

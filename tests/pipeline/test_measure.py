@@ -23,10 +23,9 @@ from fistapruner.measure.run import put_in_place
 from fistapruner.measure.speed import record
 from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.measured import quality_facts
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import is_run, load_run
-from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
+from fistapruner.runs.log import Listener
+from fistapruner.runs.records import Evaluation, Perplexity, TaskResult, is_run, load_run
 from speeds import in_this_process
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8

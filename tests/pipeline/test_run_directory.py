@@ -19,7 +19,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.measure.speed import Variant, load_variant
 from fistapruner.runs.directory import PruneDirectory, RecoverDirectory, RunDirectory, checkpoint_of
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.runs.records import load_run
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}

@@ -22,7 +22,7 @@ from ..settings.base import RunRecipe, Settings
 from ..settings.parse import load_recipe_settings, merge_settings, read_assignments
 
 if TYPE_CHECKING:
-    from ..runs.listener import Listener
+    from ..runs.log import Listener
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 

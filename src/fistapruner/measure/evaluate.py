@@ -14,13 +14,13 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
-from ..models.build import require_tasks_fit, whole_bytes
+from ..models.build import ROOM, require_whole, whole_bytes
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import LowRankAdapter
 from ..models.source import Permissions
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
-from ..runs.results import Evaluation
+from ..runs.records import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
@@ -94,9 +94,10 @@ def evaluate(
     given = {"seqlen": seqlen, "windows": windows, "bos": bos, "limit": limit, "dtype": dtype, "batch_size": batch_size}
     folder = None if tasks_dir is None else Path(path_text("tasks_dir", tasks_dir, A_FOLDER))
     names = [tasks] if isinstance(tasks, str) else tasks
-    if to_cut := data is not None and not isinstance(data, Windows):
-        data = check_data(data)
-    asked = _checked(to_cut, folder is not None, tasks=names, memory_limit=memory_limit, **given)
+    data = str(data) if isinstance(data, Path) else data
+    if data is not None and not isinstance(data, Windows):
+        check_data(data)
+    asked = _checked(isinstance(data, str), folder is not None, tasks=names, memory_limit=memory_limit, **given)
     if data is None and folder is None and not asked.tasks:
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
@@ -117,9 +118,11 @@ def evaluate(
         if low_rank[0] is not None:
             found = replace(found, low_rank=low_rank[0].weights)
         if known is not None:
-            for checkpoint in checkpoints:
-                if asked.memory_limit is not None:
-                    require_tasks_fit(checkpoint.folder, whole_bytes(checkpoint, passes), asked.memory_limit)
+            for checkpoint in checkpoints if asked.memory_limit is not None else ():
+                nbytes = int(whole_bytes(checkpoint, passes) / ROOM)
+                require_whole(
+                    nbytes, torch.device("cpu"), asked.memory_limit, f"--tasks on {checkpoint.folder}", "leave it out"
+                )
             lineage, fault = lineage_of(sources[0].folder)
             found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
         if data is not None:
@@ -134,7 +137,7 @@ def evaluate(
             length = data.seqlen if isinstance(data, Windows) else seqlen or default
             if longest is not None and length > longest:
                 raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
-            cut = data if isinstance(data, Windows) else load_windows(str(data), tokenizers[0], length, windows, bos)
+            cut = data if isinstance(data, Windows) else load_windows(data, tokenizers[0], length, windows, bos)
             found = _with_text(found, cut, opened, Passes(batch_size, asked.memory_limit, tick), kept)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:

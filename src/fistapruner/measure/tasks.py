@@ -21,7 +21,7 @@ from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.build import load_whole, max_length
 from ..models.tokenizer import load_tokenizer
 from ..passes.store import CPU
-from ..runs.results import TaskResult
+from ..runs.records import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error
 from ..runtime.show import Tick, silent
 from .logits import mcnemar

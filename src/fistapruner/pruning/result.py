@@ -21,9 +21,8 @@ from ..models.operators import Layout
 from ..models.safetensors import LazyTensors
 from ..models.write import write_checkpoint
 from ..runs.directory import CARD, RunDirectory
-from ..runs.listener import Listener
+from ..runs.log import Listener, Times
 from ..runs.records import VERSION, Report, Totals, load_run
-from ..runs.times import Times
 from ..runtime.files import disk_errors
 from ..runtime.machine import now
 

@@ -18,9 +18,8 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, refuse_out
-from ..runs.listener import Listener
 from ..runs.lock import hold
-from ..runs.log import Logged, log_file
+from ..runs.log import Listener, Logged, Times, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
@@ -34,7 +33,6 @@ from ..runs.settled import (
     refuse_overlap,
     text_sha256,
 )
-from ..runs.times import Times, spent
 from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed

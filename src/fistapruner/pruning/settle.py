@@ -21,7 +21,7 @@ from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
 from ..runs.directory import PruneDirectory
 from ..runs.lineage import begin_lineage
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import CalibrationFacts, ModelFacts
 from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
 from ..runtime.devices import cpu_threads, release_failed_memory

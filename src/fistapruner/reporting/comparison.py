@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
-from ..runs.comparison_records import CompareRow, Comparison
+from ..runs.records import CompareRow, Comparison
 from ..runtime.show import align_columns, counted, duration, percent, significant, size, with_error
 from .facts import base_model_name
 from .figures import INK, SERIES, WIDTH, Drawing, draw, plain_log, style

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from ..runs.records import Report
-from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
+from ..runs.records import Divergence, Evaluation, Perplexity, Report, TaskResult
 from ..runtime.show import (
     align_columns,
     counted,

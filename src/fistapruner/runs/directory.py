@@ -63,10 +63,10 @@ from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
 from .lock import NAME as LOCK
+from .log import TIMES
 from .records import LayerEntry, Record, Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
 from .store import Snapshots, Store
-from .times import TIMES
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""

@@ -102,8 +102,6 @@ def stage_of(report: Report) -> Stage:
             operator_weights=report.totals.operator_weights,
             operator_zeros=report.totals.operator_zeros,
             parameters=report.totals.model_weights if report.widths else None,
-            relative_error=report.mean_error,
-            seconds=report.totals.seconds,
             tokens=report.recovery.tokens if report.recovery else None,
             perplexity=perplexity,
             reference=reference,

@@ -28,7 +28,7 @@ from ..runtime.show import shell_line
 from ..settings.execution import Execution
 from ..settings.prune import Recipe, SparsitySetting
 from ..settings.train import TrainingRecipe
-from .listener import Listener
+from .log import Listener
 from .records import Report
 
 if TYPE_CHECKING:

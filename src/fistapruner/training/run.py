@@ -34,9 +34,8 @@ from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
 from ..runs.lineage import add_stage, input_run, update_stage
-from ..runs.listener import Listener
 from ..runs.lock import hold
-from ..runs.log import Logged, log_file
+from ..runs.log import Listener, Logged, Times, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.settled import (
     TrainingRecord,
@@ -47,8 +46,6 @@ from ..runs.settled import (
     refuse_other_versions,
     refuse_overlap,
 )
-from ..runs.steps import read_steps
-from ..runs.times import Times, spent
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed

@@ -30,7 +30,7 @@ from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
 from ..runs.directory import TrainingDirectory, checkpoint_of
 from ..runs.lineage import dense_name, dense_of, input_run, lineage_of
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import CalibrationFacts
 from ..runs.records import Recovery as RecoveryFacts
 from ..runs.settled import (
