@@ -89,7 +89,7 @@ R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 class ModelRecord(Record):
-    """Hold ``model.json``: the run's fingerprint, and the files of its checkpoint, weights with a sampled hash."""
+    """Hold ``model.json``: the files of the checkpoint of a run, weights with a sampled hash."""
 
     fingerprint: str
     files: dict[str, str | None]

@@ -256,7 +256,7 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
-    """Return the request to evaluate on a text, a file by its absolute path; None for None and for ``none``.
+    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``.
 
     Raises:
         FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
