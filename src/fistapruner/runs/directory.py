@@ -441,7 +441,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
 
     def measured(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read what was measured of operators, by full name: weights of their ``rows``, ``scores`` of channels.
+        """Read what was measured of operators: weights of their ``rows``, or ``scores`` of channels.
 
         Operators without it are left out.
         """
