@@ -123,8 +123,8 @@ def evaluate(
                 require_whole(
                     nbytes, torch.device("cpu"), asked.memory_limit, f"--tasks on {checkpoint.folder}", "leave it out"
                 )
-            lineage, fault = lineage_of(sources[0].folder)
-            found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
+            if (warning := trained_on(lineage_of(sources[0].folder))) is not None:
+                found = replace(found, warnings=(warning,))
         if data is not None:
             # Before the tokenizer, which a folder that is no model lacks too.
             opened = [LayerwiseModel(each, place, passes, trust_remote_code=trust_remote_code) for each in checkpoints]
