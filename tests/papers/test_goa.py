@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner import LayerProblem
 from fistapruner.core.linalg import alive_gram
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
@@ -194,27 +193,4 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     error = (seen[:, keep] @ found.T - wanted).square().sum() / wanted.square().sum()
     assert report.layers[1].removals[-1].relative_error == pytest.approx(float(error), rel=1e-3)
     assert report.layers[1].removals[0].compensate == "none"
-
-
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    settings = {"structure": {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "goa"}, "calibration": SMALL}
-    report = fp.prune(str(folder), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        fp.prune(str(folder), tmp_path / "parts", listener=tiny.Stops(), **settings)
-    fp.resume(tmp_path / "parts")
-    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    units = [(removal.unit, removal.method) for removal in report.layers[0].removals]
-    assert units == [("key/value groups", "goa"), ("MLP channels", "goa")]
-
-
-@pytest.mark.parametrize(
-    ("settings", "zeros"),
-    [({"sparsity": "50%"}, "50%"), ({"allocation": {"v_proj": "0%", "down_proj": "2:4"}}, "2:4")],
-)
-def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], zeros: str) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
-    with pytest.raises(FistaPrunerError, match=rf"goa fits whole operators .*\({zeros}\)"):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
-    assert not (tmp_path / "run" / "calibration.safetensors").exists()
+    assert {removal.method for removal in report.layers[0].removals} == {"goa"}

@@ -96,6 +96,32 @@ def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, 
         assert errors == pytest.approx(others, rel=0.2)
 
 
+class Measuring(tiny.Said):
+    """Leaves less memory on the GPUs while sensitivity is measured."""
+
+    def __init__(self, gpu: StandIn, memory: int) -> None:
+        super().__init__()
+        self.gpu, self.memory, self.whole = gpu, memory, gpu.memory
+
+    def say(self, sentence: str) -> None:
+        super().say(sentence)
+        self.gpu.memory = self.memory if "sensitivity" in sentence or "ran out" in sentence else self.whole
+
+    def layer(self, entry: LayerEntry) -> None:
+        self.gpu.memory = self.whole
+
+
+def test_a_measurement_goes_on_with_one_window_where_memory_runs_out(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "magnitude", "allocation": "error"}
+    whole = prune(deep, tmp_path / "whole", **settings)
+    told = Measuring(gpu, int(0.7 * gpu.peak[CUDA]))
+    report = prune(deep, tmp_path / "run", listener=told, **settings)
+    assert "the memory of cuda:0 ran out with 4 windows at a time" in told.sentences
+    for layer, expected in zip(report.layers, whole.layers, strict=True):
+        zeros, others = ([operator.zeros for operator in one.operators] for one in (layer, expected))
+        assert zeros == pytest.approx(others, rel=0.1)
+
+
 def test_an_evaluation_takes_no_more_windows_than_fit(
     gpu: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
