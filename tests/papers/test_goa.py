@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner import LayerProblem
+from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.core.linalg import alive_gram
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
@@ -194,3 +195,15 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     assert report.layers[1].removals[-1].relative_error == pytest.approx(float(error), rel=1e-3)
     assert report.layers[1].removals[0].compensate == "none"
     assert {removal.method for removal in report.layers[0].removals} == {"goa"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "zeros"),
+    [({"sparsity": "50%"}, "50%"), ({"allocation": {"v_proj": "0%", "down_proj": "2:4"}}, "2:4")],
+)
+def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], zeros: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
+    with pytest.raises(FistaPrunerError, match=rf"goa fits whole operators .*\({zeros}\)"):
+        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()

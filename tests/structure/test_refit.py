@@ -117,6 +117,33 @@ def test_validation_errors_are_those_of_fits_on_the_other_half(share: float, bia
     assert removal.validated == pytest.approx(min(validation_errors(problem, grams, keep, means=told)))
 
 
+def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    dense, noise = torch.randn(2, 60, 12, generator=generator)
+    weight = torch.randn(5, 12, generator=generator)
+    dense += torch.arange(12.0)
+    for seen in (dense, dense + 0.3 * noise + 0.1):
+        sums = ChannelSums(weight, 4, drift_from=None if seen is dense else "outputs")
+        for window in range(4):
+            rows = slice(15 * window, 15 * window + 15)
+            sums.add(window, seen[rows][None], None if seen is dense else dense[rows] @ weight.T)
+        known = sums.statistics("operator", 1.0)
+        removal = remove_channels(known, 8, by("flap"), biased=True)
+        gone = [channel for channel in range(12) if channel not in removal.keep.tolist()]
+        assert removal.bias is not None
+        torch.testing.assert_close(removal.bias, weight[:, gone] @ seen.mean(0)[gone], rtol=1e-4, atol=1e-4)
+        assert torch.equal(removal.weight, weight[:, removal.keep])
+        outputs = seen[:, removal.keep] @ removal.weight.T + removal.bias
+        wanted = dense @ weight.T
+        expected = float((outputs - wanted).square().sum() / wanted.square().sum())
+        found = removal_error(known, removal.places, removal.weight, removal.bias)
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert found < removal.dropped
+        around = known.around(weight + 0.1 * torch.randn(5, 12, generator=generator))
+        assert removal_error(around, removal.places, removal.weight, removal.bias) == pytest.approx(found, rel=1e-3)
+        assert remove_channels(known, 8, by("flap")).bias is None
+
+
 def with_intercept(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
     """Least-squares weights and bias, and their squared error a token, in fp64."""
     inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1).double()
