@@ -48,7 +48,7 @@ from fistapruner.core import LayerProblem  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.packed.semi_structured import to_semi_structured  # noqa: E402
 from fistapruner.pruning.run import plan_pruning  # noqa: E402
-from fistapruner.runs.listener import Listener  # noqa: E402
+from fistapruner.runs.log import Listener  # noqa: E402
 from fistapruner.runs.records import LayerEntry, Report  # noqa: E402
 from fistapruner.runtime.files import write_json_atomic  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402

@@ -26,7 +26,7 @@ import real_problems
 
 from fistapruner.cli.progress import choose_listener
 from fistapruner.comparison import compare
-from fistapruner.runs.comparison_records import Comparison
+from fistapruner.runs.records import Comparison
 
 ALPS = "alps"
 SPARSEGPT = "sparsegpt"

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import fistapruner as fp
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, load_run
 
 VOCABULARY = 128

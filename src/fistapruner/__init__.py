@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .reporting.page import report
     from .reporting.terminal import status
     from .resuming import resume
-    from .runs.listener import Listener
-    from .runs.results import Evaluation
+    from .runs.log import Listener
+    from .runs.records import Evaluation
     from .settings.align import AlignRecipe
     from .settings.prune import Recipe
     from .settings.train import RecoverRecipe
@@ -93,8 +93,8 @@ _MODULES = {
     "reporting.terminal": ("status",),
     "reporting.page": ("report",),
     "resuming": ("resume",),
-    "runs.listener": ("Listener",),
-    "runs.results": ("Evaluation",),
+    "runs.log": ("Listener",),
+    "runs.records": ("Evaluation",),
     "settings.align": ("AlignRecipe",),
     "settings.prune": ("Recipe",),
     "settings.train": ("RecoverRecipe",),

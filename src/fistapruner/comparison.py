@@ -32,13 +32,11 @@ from .pruning.opened import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
 from .reporting.page import write_page
-from .runs.comparison_records import FIGURES, RUNS, TABLE, CompareRow, Comparison, load_comparison
 from .runs.directory import PruneDirectory, refuse_out
-from .runs.listener import Listener
 from .runs.lock import NAME as LOCK
 from .runs.lock import hold
-from .runs.records import ModelFacts, Report
-from .runs.results import Evaluation
+from .runs.log import Listener
+from .runs.records import FIGURES, RUNS, TABLE, CompareRow, Comparison, Evaluation, ModelFacts, Report, load_comparison
 from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
 from .runtime.machine import now, versions
@@ -390,19 +388,16 @@ class _Rows:
 
 def _filled(row: CompareRow, report: Report, measured: Evaluation) -> CompareRow:
     """Fill a row with the figures of its report and measurement."""
-    totals, (perplexity, dense) = report.totals, (measured.perplexity, measured.reference)
+    perplexity, dense = measured.perplexity, measured.reference
     assert perplexity is not None
     assert dense is not None
+    row = row.model_copy(update=dict(report.totals))
     row.settings = {key: value for key, value in report.recipe.items() if key != "execution"}
     row.perplexity, row.divergence = perplexity, measured.divergence
     row.gap = perplexity.nll - dense.nll if math.isfinite(perplexity.nll) else None
     row.relative_error = report.mean_error
-    if totals.seconds is not None:
-        row.seconds = totals.seconds - totals.time_split.get("calibration", 0.0)
-    row.time_split, row.peak_memory = totals.time_split, totals.peak_memory
-    row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
-    row.low_rank_weights, row.checkpoint_bytes = totals.low_rank_weights, totals.checkpoint_bytes
+    if row.seconds is not None:
+        row.seconds -= row.time_split.get("calibration", 0.0)
     if report.widths:
-        row.dense_weights, row.model_weights = report.model.parameters, totals.model_weights
-        row.dense_flops_per_token, row.flops_per_token = totals.dense_flops_per_token, totals.flops_per_token
+        row.dense_weights = report.model.parameters
     return row

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from fistapruner.cli import progress
 from fistapruner.pruning.run import prune
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, OperatorEntry
 
 

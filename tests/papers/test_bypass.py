@@ -22,7 +22,7 @@ from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory
 from fistapruner.runs.directory import PruneDirectory
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.units import find_units

@@ -18,10 +18,9 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.runs.comparison_records import Comparison, load_comparison
-from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import load_run
+from fistapruner.runs.log import Listener
+from fistapruner.runs.records import Comparison, load_comparison, load_run
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 

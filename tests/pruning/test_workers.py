@@ -21,7 +21,7 @@ from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
 from fistapruner.resuming import resume
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.settings.execution import Execution
 
 SETTINGS: dict[str, Any] = {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fistapruner.runs.comparison_records import Comparison
-from fistapruner.runs.records import Report, parse
-from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
+from fistapruner.runs.records import Comparison, Divergence, Evaluation, Perplexity, Report, TaskResult, parse
 
 OPERATORS = (
     ("self_attn.q_proj", (64, 64), 0, 0.6),

@@ -20,8 +20,7 @@ import samples
 from fistapruner.reporting.comparison import comparison_markdown, comparison_page, comparison_table, points
 from fistapruner.reporting.figures import HEAT, draw, run_figures
 from fistapruner.reporting.page import run_page, write_page
-from fistapruner.runs.comparison_records import Comparison
-from fistapruner.runs.records import CalibrationTask, Lineage, ModelFacts, Report, Stage
+from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Report, Stage
 from fistapruner.runtime.show import significant
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fistapruner.runs.steps import StepJournal, read_steps
+from fistapruner.runs.log import StepJournal, read_steps
 from fistapruner.runs.store import Snapshots
 
 

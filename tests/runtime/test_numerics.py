@@ -17,7 +17,7 @@ import tiny
 from fistapruner import LayerProblem, solve
 from fistapruner.core.linalg import fast_products
 from fistapruner.core.sums import add_gram, mirror
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 512, 700, 1100, 2304])

@@ -14,7 +14,7 @@ import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.planning import DEVICE_RESERVE
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, Report
 from fistapruner.settings.parse import load_recipe_settings, merge_settings
 from fistapruner.settings.prune import Recipe

@@ -15,8 +15,8 @@ import pytest
 
 import fistapruner as fp
 import tiny
+from fistapruner.runs.log import read_steps
 from fistapruner.runs.records import load_run
-from fistapruner.runs.steps import read_steps
 
 COMMON = ("--evaluate", "none", "--set", "execution.threads=1", "--set", "rank=4", "--quiet")
 RECOVERY = ("--set", "data.seqlen=16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")

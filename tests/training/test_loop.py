@@ -14,7 +14,7 @@ from torch import Tensor
 import tiny
 from fistapruner.papers.mezo import PUBLISHED as MEZO
 from fistapruner.papers.spp import PUBLISHED as SPP
-from fistapruner.runs.steps import read_steps
+from fistapruner.runs.log import read_steps
 from fistapruner.runs.store import Snapshots
 from fistapruner.training.loop import OURS, Loop, State, check_due
 

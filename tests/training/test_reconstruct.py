@@ -18,7 +18,7 @@ from fistapruner.models.operators import discover
 from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.run import prune
-from fistapruner.runs.listener import Listener
+from fistapruner.runs.log import Listener
 from fistapruner.training.reconstruct import BlockLoss, Reconstructed, ReconstructionSettings, reconstruct_layer
 from tiny import tensors
 

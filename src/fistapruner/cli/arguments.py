@@ -22,7 +22,7 @@ from ..settings.base import RunRecipe, Settings
 from ..settings.parse import load_recipe_settings, merge_settings, read_assignments
 
 if TYPE_CHECKING:
-    from ..runs.listener import Listener
+    from ..runs.log import Listener
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
@@ -185,7 +185,7 @@ def run_options(arguments: argparse.Namespace, listener: Listener) -> dict[str, 
     """Return what all functions take that make a run."""
     return {
         **trust(arguments),
-        "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
+        "evaluate": arguments.evaluate,
         "evaluate_windows": arguments.evaluate_windows,
         "listener": listener,
         "command": this_command(),

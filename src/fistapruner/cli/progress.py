@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from ..errors import printable
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import LayerEntry
 from ..runtime.show import counted, duration
 

@@ -6,7 +6,7 @@ for one model, or two. ``generations`` continues prompts, ``inspection`` counts 
 times decoding (the verb ``bench``). ``run`` does these for a finished run and keeps the figures with it.
 """
 
-from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
+from ..runs.records import Divergence, Evaluation, Perplexity, TaskResult
 
 __all__ = ["QUANTISE_FIRST", "Divergence", "Evaluation", "Perplexity", "TaskResult"]
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..papers.mrpo import accuracy, margins_of
-from ..runs.records import PreferenceFigures
-from ..runs.results import Divergence, Perplexity
+from ..runs.records import Divergence, Perplexity, PreferenceFigures
 from ..runtime.numerics import BUDGETS, Budgets, mean_and_error, slices
 
 Head = Callable[[Tensor], Tensor]

@@ -38,7 +38,7 @@ from ..models.layers import LayerwiseModel
 from ..models.safetensors import SafetensorsFile, write_tensors
 from ..passes.store import Store
 from ..passes.stream import Watched, embed, forward_variants, run_layer
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runtime.numerics import seeded
 from ..runtime.show import duration
 from ..structure.units import Units

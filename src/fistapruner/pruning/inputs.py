@@ -25,7 +25,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
 from ..passes.check import check_model
 from ..runs.directory import PruneDirectory
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import CalibrationFacts
 from ..runs.settled import EvaluationRequest, refuse_overlap
 from ..runtime.numerics import dtype_name
@@ -318,7 +318,7 @@ def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     """Warn that removing channels of a pruned model does not keep its zeros; empty where it gets new ones."""
     folder = model.checkpoint.folder
     try:
-        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint, folder)
+        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint)
     except FistaPrunerError:  # the report says so: the lineage is in the same file
         return ()
     zeros = any(claim.get("sparsity", "0%") != "0%" for claim in claims.values())

@@ -18,9 +18,8 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, refuse_out
-from ..runs.listener import Listener
 from ..runs.lock import hold
-from ..runs.log import Logged, log_file
+from ..runs.log import Listener, Logged, Times, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
@@ -34,7 +33,6 @@ from ..runs.settled import (
     refuse_overlap,
     text_sha256,
 )
-from ..runs.times import Times, spent
 from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
@@ -248,11 +246,11 @@ def _prune(
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
-        refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+        refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
         if todo:
             refuse_other_versions(run, settled)
-            run.remove_model(context.model.checkpoint)
+            run.remove_model()
             _prune_layers(context, todo, settled, request.recipe, listener, inspect)
         context.clear_hidden()  # a killed process may have left them
         alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"

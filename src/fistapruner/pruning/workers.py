@@ -34,7 +34,7 @@ from ..core import LayerProblem
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..passes.store import HiddenStates
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
 from ..runtime.machine import module_path
 from ..runtime.numerics import exact_products

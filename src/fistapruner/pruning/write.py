@@ -18,13 +18,12 @@ from ..models.checkpoint import Checkpoint
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import journaled_factors
 from ..models.operators import Operator, expert_modules, operators_by_weight
-from ..models.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims, stack_of
+from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
 from ..models.safetensors import SafetensorsFile
 from ..reporting.model_card import model_card
-from ..runs.lineage import add_stage, update_stage
-from ..runs.listener import Listener
+from ..runs.lineage import update_stage
+from ..runs.log import Listener, Times
 from ..runs.records import Report, Totals
-from ..runs.times import Times
 from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.machine import now
 from ..structure.experts import chosen_experts
@@ -123,7 +122,7 @@ def write(
     report.totals.model_zeros = claimed_zeros(claims)
     report.stacked_experts = any(map(stack_of, claims))
     report.finished = now()
-    add_stage(report)
+    update_stage(report)
     more: dict[str, Any] = {}
     if rank := context.recipe.low_rank:
         factors = journaled_factors(run.journal.weights(index) for index in range(len(model)))
@@ -131,7 +130,7 @@ def write(
     if widths := kept_widths(changed.earlier, _own_widths(context)):
         more["widths"] = widths
     # Of the tensors whose channels were reordered, by this run or an earlier one, those that are left.
-    permuted = (permuted_tensors(changed.earlier) | set(model.checkpoint.orders)).difference(changed.gone)
+    permuted = (set(changed.earlier.get("permuted", [])) | set(model.checkpoint.orders)).difference(changed.gone)
 
     def documents() -> dict[str, str]:
         return model_documents(model_card(report), checkpoint_record(report, claims, permuted=sorted(permuted), **more))
@@ -253,7 +252,7 @@ def _kept_claims(
     """
     model, kept = context.model, dict[str, dict[str, Any]]()
     try:
-        claims, _ = recorded_claims(changed.earlier, model.checkpoint, model.checkpoint.folder)
+        claims, _ = recorded_claims(changed.earlier, model.checkpoint)
     except FistaPrunerError:
         return {}
     operators = operators_by_weight(model.layers_name, model.layers, model.source) if claims else {}

@@ -13,9 +13,7 @@ report may be missing. Names of folders on this machine stand only in commands: 
 
 from importlib import import_module
 
-from ..runs.comparison_records import Comparison
-from ..runs.records import LayerEntry, OperatorEntry, Report, load_run
-from ..runs.results import Evaluation
+from ..runs.records import Comparison, Evaluation, LayerEntry, OperatorEntry, Report, load_run
 
 # Results print as their verb prints them: print(fistapruner.prune(...)).
 Report.__str__ = lambda report: import_module(".terminal", __name__).summary(report)  # type: ignore[method-assign]

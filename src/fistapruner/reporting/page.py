@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..measure import QUANTISE_FIRST
-from ..runs.comparison_records import PAGE, is_comparison, load_comparison
 from ..runs.directory import RunDirectory
 from ..runs.labels import DONE
-from ..runs.records import RemovalEntry, Report, load_run
+from ..runs.records import PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from ..runtime.show import count, percent
 from .comparison import comparison_page

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, out_path, printable
-from ..runs.comparison_records import FIGURES, RUNS, is_comparison, load_comparison
 from ..runs.lock import holder
-from ..runs.records import Recovery, Report, is_run, load_run
+from ..runs.records import FIGURES, RUNS, Recovery, Report, is_comparison, is_run, load_comparison, load_run
 from ..runtime.files import read_json
 from ..runtime.show import align_columns, duration, finite, percent, shell_line
 from .facts import facts, next_steps

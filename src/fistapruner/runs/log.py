@@ -1,18 +1,55 @@
-"""The log of a run, ``RUN/log.txt``: its progress, with times."""
+"""What a run says and notes on its way: listener, ``log.txt``, ``times.json``, ``steps.jsonl``.
+
+No result depends on these files: what is torn or damaged in them is lost and no more.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import NonNegativeFloat, TypeAdapter
 
 from ..errors import FistaPrunerError
-from ..runtime.files import disk_errors, refuse_link
-from .listener import Listener
-from .records import LayerEntry
+from ..runtime.files import disk_errors, open_file, refuse_link, write_all, write_json_atomic
+
+if TYPE_CHECKING:
+    from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
+
+TIMES = "times.json"
+SECONDS = TypeAdapter(list[NonNegativeFloat])
+
+
+class Listener:
+    """Receive the progress of a run. A subclass overrides the methods that it needs; these do nothing."""
+
+    def say(self, message: str) -> None:
+        """Receive a sentence for the user."""
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        """Receive progress of a pass through the whole model, such as an evaluation: ``done`` of ``total``."""
+
+    def begin(self, layers: int, done: int) -> None:
+        """Receive the beginning of pruning: ``layers`` to prune, ``done`` of them already journaled."""
+
+    def operators(self, index: int, names: str, error: float | None) -> None:
+        """Receive a group of operators: begun (``error`` is None), or done with its worst relative error."""
+
+    def layer(self, entry: LayerEntry) -> None:
+        """Receive a finished decoder layer."""
+
+    def end(self) -> None:
+        """Receive the end of pruning."""
 
 
 class Logged(Listener):
@@ -31,9 +68,6 @@ class Logged(Listener):
         log.info(message)
         self._listener.say(message)
 
-    def tick(self, what: str, done: int, total: int) -> None:
-        self._listener.tick(what, done, total)
-
     def begin(self, layers: int, done: int) -> None:
         log.info("%d decoder layers, %d already done", layers, done)
         self._listener.begin(layers, done)
@@ -49,6 +83,9 @@ class Logged(Listener):
             log.warning(warning)
         self._after_layer()
         self._listener.layer(entry)
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        self._listener.tick(what, done, total)
 
     def end(self) -> None:
         self._listener.end()
@@ -86,3 +123,106 @@ def log_file(path: Path) -> Iterator[None]:
         log.setLevel(before)
         with suppress(OSError):  # a full disk: what ended the block is reported
             handler.close()
+
+
+class Times:
+    """Sum the seconds of this process and of those before it.
+
+    The file is written after every decoder layer, so a process that is killed loses the time of its unfinished layers.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._before, self._begin = folder / TIMES, 0.0, time.perf_counter()
+        with suppress(OSError, ValueError):
+            self._before = sum(SECONDS.validate_json(self._file.read_bytes()))
+
+    def note(self) -> None:
+        """Record the seconds of the run so far."""
+        write_json_atomic(self._file, [self.total()])
+
+    def forget(self) -> None:
+        """Forget the seconds of processes before this one: the run is made again."""
+        self._before = 0.0
+        self._file.unlink(missing_ok=True)
+
+    def total(self) -> float:
+        """Return the seconds of all processes of the run, of this one up to now."""
+        return self._before + time.perf_counter() - self._begin
+
+
+@contextmanager
+def spent(folder: Path) -> Iterator[Times]:
+    """Measure the time of the block, and record it if the block fails. Else the report has the total."""
+    times = Times(folder)
+    try:
+        yield times
+    except BaseException:
+        with suppress(FistaPrunerError):  # a full disk; the error that ended the block is reported
+            times.note()
+        raise
+
+
+class StepJournal:
+    """The journal of training steps, open for appending. Use it as a context manager.
+
+    A line is a JSON object with the key ``step`` (from 1; step 0 has the check before training), a tab and the CRC-32
+    of the object's text. A torn or damaged line ends the journal.
+
+    Args:
+        path: the file; it is made if it is missing.
+        last: last step to keep; later lines are dropped.
+    """
+
+    def __init__(self, path: Path, last: int) -> None:
+        self.path = path
+        self._end = max((end for line, end in _lines(path) if line["step"] <= last), default=0)
+        self._descriptor = open_file(path)
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.path):
+            if os.fstat(self._descriptor).st_size > self._end:  # its date is that of the last step
+                os.ftruncate(self._descriptor, self._end)
+        return self
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Append a line; it is on the disk after :meth:`sync`."""
+        text = json.dumps(line, separators=(",", ":")).encode()
+        data = text + b"\t%08x\n" % zlib.crc32(text)
+        with disk_errors(self.path):
+            write_all(self._descriptor, data, self._end)
+        self._end += len(data)
+
+    def sync(self) -> None:
+        """Flush the lines to the disk."""
+        with disk_errors(self.path):
+            os.fsync(self._descriptor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.sync()
+        finally:
+            os.close(self._descriptor)
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Read the whole lines of a journal of steps, up to the first that is torn or damaged."""
+    return [line for line, _ in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Read the whole lines of a journal, each with the offset behind it."""
+    found: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        text, _, check = line.rpartition(b"\t")
+        if not text or check != b"%08x\n" % zlib.crc32(text):
+            break
+        end += len(line)
+        found.append((json.loads(text), end))
+    return found

@@ -1,28 +1,42 @@
-"""The schema of ``report.json`` and of a decoder layer's ``layers/NNNN.json``; see ``docs/files.md``.
+"""The schema of ``report.json``, ``layers/NNNN.json`` and ``compare.json``; see ``docs/files.md``.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
-misunderstand raises :data:`VERSION`.
+misunderstand raises :data:`VERSION`. Reading needs no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+)
 
 from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
 from ..runtime.machine import Machine
 from ..runtime.show import finite, percent, shell_line
-from .labels import amount_label, methods_label, sets_zeros, training_label
-from .results import Divergence, Evaluation, Loss, Perplexity, StandardError
-from .steps import read_steps
+from .labels import amount_label, methods_label, removed_label, sets_zeros, training_label
+from .log import read_steps
 
 VERSION = 1
+
+FIGURES, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
+"""Files of a comparison: the rows so far, their table, and its page."""
+
+RUNS = "runs"
+"""Folder of a comparison with the run directories of its rows."""
 
 CURVE_POINTS = 500
 """Most points of a training curve in a report."""
@@ -33,7 +47,10 @@ AFTER = ("evaluation", "samples")
 Kind = Literal["prune", "recover", "align", "merge"]
 """The verb that a run belongs to; ``merge`` is that of an adapter."""
 
-Number = StandardError
+Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+"""Infinite where a model gives a token of the text no chance at all, which is null in JSON."""
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that is null in JSON where it is NaN or infinite, and NaN when it is read again."""
 
 R = TypeVar("R", bound="Record")
@@ -69,22 +86,148 @@ def share_of(part: int | None, whole: int | None) -> float | None:
     return part / whole if whole and part is not None else None
 
 
+# --- what an evaluation returns: numbers, each beside the text, window length and precision it needs
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one model on one text.
+
+    Args:
+        data: name of the data set or file; ``split``: its split, for a local file ``file``.
+        windows: number of non-overlapping windows; ``seqlen``: tokens in one; ``tokens``: predicted tokens.
+        bos: where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (first of every one).
+        dtype: precision of the forward pass.
+        nll: mean negative log-likelihood of a token, in nats; ``perplexity``: its exp. Errors are over windows.
+        text_sha256: hash of the windows' token ids; ``window_nlls``: mean token NLL of each, to six decimals.
+    """
+
+    data: str
+    split: str
+    seqlen: int
+    windows: int
+    tokens: int
+    dtype: str
+    perplexity: Loss
+    standard_error: Number
+    nll: Loss
+    nll_standard_error: Number
+    bos: str = "none"
+    text_sha256: str = ""
+    window_nlls: tuple[Loss, ...] = field(default=(), repr=False)
+
+    @property
+    def measured_on(self) -> tuple[str, str]:
+        """Hash of the windows and precision of the passes: figures compare where both are the same."""
+        return self.text_sha256, self.dtype
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's next-token distributions are from a reference model's, on the same tokens.
+
+    Args:
+        kl: mean over tokens of KL(reference || model), in nats.
+        top1_agreement: share of tokens where both models' most likely next token is the same.
+        nll_difference: mean NLL of the model minus that of the reference. Errors are over windows, this one paired.
+    """
+
+    kl: Loss
+    kl_standard_error: Number
+    top1_agreement: float
+    top1_standard_error: Number
+    nll_difference: Loss
+    nll_difference_standard_error: Number
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Score of a zero-shot task, alone or beside a reference model on the same items.
+
+    Args:
+        task: its name; ``items``: number of questions; ``shots``: examples in the prompt.
+        metric: what ``value`` is: ``acc``, ``acc_norm``, ``exact_match``; after a comma how answers were filtered.
+        reference: score of the reference model on the same items. Errors are over items.
+        lost, won: items that only the reference model, or only this model, gets right; ``p_value``: exact McNemar test
+            of them. None where items are not just right or wrong.
+        source: where the items came from; ``items_sha256``: hash of the items themselves.
+        available: items that the task has, where ``items`` are only its first so many.
+        dtype: precision of weights and passes.
+    """
+
+    task: str
+    metric: str
+    items: int
+    value: float
+    standard_error: Number
+    reference: float | None = None
+    reference_standard_error: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    p_value: float | None = None
+    shots: int = 0
+    source: str = ""
+    available: int | None = None
+    dtype: str | None = None
+    items_sha256: str = ""
+
+    @property
+    def measured_on(self) -> tuple[str, str, int, str, int, str, str | None]:
+        """Task, metric, items, examples, source and precision: scores compare where all are the same."""
+        return self.task, self.metric, self.items, self.items_sha256, self.shots, self.source, self.dtype
+
+    @property
+    def difference_error(self) -> float | None:
+        """Standard error of the difference, paired over items; None where the pairs are not known."""
+        if self.lost is None or self.won is None or self.items < 2:
+            return None
+        mean = (self.won - self.lost) / self.items
+        return math.sqrt(((self.won + self.lost) / self.items - mean**2) / (self.items - 1))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything one call of ``fistapruner.evaluate`` measured.
+
+    Args:
+        model: what was evaluated, as the user named it; ``against``: the reference (dense) model.
+        perplexity: of ``model``; ``reference``: of ``against``; ``divergence``: between them, on the same tokens.
+        tasks: zero-shot results.
+        seconds: wall time of the call; ``device``: that ran it.
+        low_rank: additional weights of the low-rank part that was added to ``model``.
+    """
+
+    model: str
+    against: str | None = None
+    perplexity: Perplexity | None = None
+    reference: Perplexity | None = None
+    divergence: Divergence | None = None
+    tasks: tuple[TaskResult, ...] = ()
+    seconds: float = 0.0
+    device: str = "cpu"
+    low_rank: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        values: dict[str, Any] = finite(TypeAdapter(Evaluation).dump_python(self, mode="json"))
+        return values
+
+
 # --- a decoder layer
 
 
 class OperatorEntry(Record):
-    """One pruned operator.
+    """One pruned or trained operator.
 
     Args:
         name: inside the decoder layer (``self_attn.q_proj``); ``shape``: [outputs, inputs].
         sparsity: pattern asked for; ``zeros``: their exact number.
-        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its
-            dense weights on the same inputs and target, None where these had not drifted.
-        steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
-            keys, such as ``rounds`` of a lambda search and the ``path`` of ADMM.
+        relative_error: error of its outputs as a share of their energy (``f / c``), that of the sum where it has a part
+            of rank ``low_rank``; ``dense_error``: of its dense weights on the same drifted inputs.
+        steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own.
         tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
-        low_rank: rank of the low-rank part beside it; ``relative_error`` is then that of the sum.
-        change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
+        change: of training: norm of the weight's change over its norm; ``changed``: weights that changed.
     """
 
     name: str
@@ -113,8 +256,8 @@ class RemovalEntry(Record):
         kept: of experts, the numbers in the dense model of those that stay.
         producers, consumer: the operators that write and read the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
-        dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
-            without the removed ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
+        dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
+            ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
         permuted: shares of importance that an n:m pattern keeps in the old and the new order of remaining channels.
         tokens: calibration tokens that were routed to its expert; None of others.
     """
@@ -142,8 +285,7 @@ class LayerEntry(Record):
     Args:
         index: from 0; ``name``: in the checkpoint (``model.layers.0``).
         seconds: wall seconds by phase; ``finished``: ISO time; ``peak_memory``: bytes.
-        relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
-            the dense layer adds to its input, or whatever ``relative_error_of`` says.
+        relative_error: of the layer's output hidden states, as a share of ``relative_error_of``.
         operators: in execution order; ``removals``: the channels that were removed.
     """
 
@@ -179,7 +321,7 @@ class ModelFacts(Record):
         own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
     """
 
-    source: str
+    source: str = ""
     revision: str | None = None
     architecture: str = ""
     layers: int = 0
@@ -211,7 +353,7 @@ class CalibrationTask(Record):
 
 
 class CalibrationFacts(Record):
-    """The calibration tokens that were really used.
+    """The calibration or training tokens that were really used.
 
     Args:
         source: as in the recipe, or the names of the tasks; ``how`` windows were drawn, in words.
@@ -265,17 +407,15 @@ class Totals(ZeroCounts):
     """Sums over the run.
 
     Args:
-        operator_weights, operator_zeros: in the operators that the run was asked to prune, also where an allocation
-            kept them dense, or that a recovery may train. ``model_weights``: of the whole model; ``model_zeros``: in
-            all its pruned operators, also those of earlier runs.
+        operator_weights, operator_zeros: in the operators that the run prunes or trains. ``model_weights``: of the
+            whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
         dense_flops_per_token, flops_per_token: of the matrices of decoder layers and head, before and after channels
             were removed; None where none were.
-        seconds: wall time across interruptions until the checkpoint is written; ``time_split``: by phase, with those
-            of :data:`AFTER`.
+        seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
         checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
-        low_rank: rank of the low-rank parts; ``low_rank_weights``: additional weights of them, counted in no other
-            number; ``low_rank_bytes``: of ``RUN/adapter``.
+        low_rank: rank of the low-rank parts; ``low_rank_weights``: their weights, counted in no other number;
+            ``low_rank_bytes``: of ``RUN/adapter``.
     """
 
     model_weights: int | None = None
@@ -320,13 +460,12 @@ class Recovery(Record):
     """What a run trained, on what, and what that changed.
 
     Args:
-        parameters, optimizer, loss: as resolved; ``lr``: the lowest and the highest first learning rate.
+        lr: the lowest and the highest first learning rate.
         trained: numbers that were trained; ``operators``: operators among them; ``tokens``: with loss that were passed.
         kept_step: the step whose weights were written; 0 is the input's own.
         checks: in order, that of step 0 first; ``curve``: (step, training loss).
         seconds: of steps and checks, all processes; ``last_step``: ISO time.
-        changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
-            change over its norm.
+        changed: share of the surviving weights that changed; ``change``: largest of an operator, norm over norm.
         before: the input on the texts that the result was evaluated on, against the same dense model.
     """
 
@@ -363,7 +502,7 @@ class Recovery(Record):
         return next((check for check in self.checks if check.step == self.kept_step), None)
 
     def read_journal(self, path: Path) -> None:
-        """Take steps, losses and times from a journal of steps (:mod:`fistapruner.runs.steps`)."""
+        """Take steps, losses and times from a journal of steps (:class:`fistapruner.runs.log.StepJournal`)."""
         if not (lines := read_steps(path)):
             return
         losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -381,13 +520,12 @@ class PreferenceFigures(Record):
     """What a model prefers on the test pairs of an alignment run.
 
     Args:
-        accuracy: share of pairs whose chosen answer is more likely; ties count one half.
-        normalised: the same with log-probabilities divided by tokens.
+        accuracy: share of pairs whose chosen answer is more likely, ties count one half; ``normalised``: by token.
         p_value: exact McNemar test against the run's result; ``lost``, ``won``: pairs that only one of them gets right.
     """
 
     accuracy: Number
-    accuracy_error: StandardError
+    accuracy_error: Number
     normalised: Number
     normalised_error: float | None = None
     lost: int | None = None
@@ -398,11 +536,9 @@ class PreferenceFigures(Record):
 class Alignment(Record):
     """What an alignment run trained on, and what its result prefers.
 
-    Rewards are relative to the references of the loss, combined as the loss does, or to the model that went in.
-
     Args:
         pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
-        references: their weights by name, the mean over the pairs of the steps where they differ.
+        references: of the loss, their weights by name, the mean over the pairs of the steps where they differ.
         test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
         reward_accuracy: share of test pairs whose margin is above the references'; ties count one half.
         margin: ``beta (h - m)``; ``chosen_reward``, ``rejected_reward``: ``beta (p - r)`` of either answer; means.
@@ -425,11 +561,9 @@ class Alignment(Record):
 
 
 class StageFigures(ZeroCounts):
-    """What a stage measured of its result; ``reference``: of its input."""
+    """What a stage measured of its result; ``reference``: perplexity of the dense model."""
 
     parameters: int | None = None
-    relative_error: float | None = None
-    seconds: float | None = None
     tokens: int | None = None
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
@@ -484,7 +618,7 @@ class Report(Record):
     fingerprint: str | None = None
     versions: dict[str, str] = {}
     machine: Machine = Machine()
-    model: ModelFacts = Field(default_factory=lambda: ModelFacts(source=""))
+    model: ModelFacts = ModelFacts()
     calibration: CalibrationFacts | None = None
     layers: list[LayerEntry] = []
     totals: Totals = Totals()
@@ -502,18 +636,14 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
+        yield from {"kind": self.kind, "status": self.status, "model": self.model.source}.items()
         totals = self.totals
-        measured = {found.data: found.perplexity for each in self.evaluations if (found := each.perplexity)}
-        dense = {found.data: found.perplexity for each in self.evaluations if (found := each.reference)}
-        figures: dict[str, Any] = {
-            "kind": self.kind,
-            "status": self.status,
-            "error": self.error,
-            "model": self.model.source,
-        }
-        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
-        figures |= {"seconds": totals.seconds, "perplexity": measured or None, "dense_perplexity": dense or None}
-        return [(name, value) for name, value in figures.items() if value is not None]
+        figures: dict[str, Any] = {name: getattr(totals, name) for name in ("operator_weights", "operator_zeros")}
+        figures |= {"error": self.error, "seconds": totals.seconds}
+        for name, side in (("perplexity", "perplexity"), ("dense_perplexity", "reference")):
+            texts = [found for each in self.evaluations if (found := getattr(each, side))]
+            figures[name] = {text.data: text.perplexity for text in texts} or None
+        yield from ((name, value) for name, value in figures.items() if value is not None)
 
     @property
     def operators(self) -> list[OperatorEntry]:
@@ -532,7 +662,7 @@ class Report(Record):
 
     @property
     def sparsity(self) -> str:
-        """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
+        """Pattern of the recipe, with what is removed of the structure.
 
         Of a run that trains it is that of the last pruning run, or else what its operators claim, or their zeros.
         """
@@ -606,6 +736,80 @@ class Report(Record):
         return "alignment" if self.kind == "align" else "recovery"
 
 
+# --- a comparison
+
+
+class CompareRow(Totals):
+    """One method at one sparsity and seed, with the totals of its run.
+
+    Args:
+        method: chain of solvers; ``label``: as the user wrote it; ``settings``: its recipe.
+        seconds: of the run, without drawing the calibration windows that rows share.
+        gap: ln(perplexity) - ln(dense perplexity); ``relative_error``: mean over changed operators.
+        dense_weights: of the model before structure was removed; None where none was.
+        error: why this row has no figures.
+    """
+
+    method: str
+    label: str | None = None
+    sparsity: str
+    seed: int = 0
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    gap: float | None = None
+    relative_error: float | None = None
+    dense_weights: int | None = None
+    settings: dict[str, Any] = {}
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What to print for the method."""
+        return self.label or self.method
+
+    @property
+    def beside_zeros(self) -> str:
+        """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
+        more = share_of(self.low_rank_weights, self.operator_weights)
+        text = f" and {percent(more)} more weights" if more else ""
+        if removed := (self.settings.get("structure") or {}).get("remove"):
+            parameters = share_of(self.model_weights, self.dense_weights)
+            flops = share_of(self.flops_per_token, self.dense_flops_per_token)
+            less = {"parameters": parameters, "FLOP a token": flops}
+            how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
+            text += f" (structure {removed_label(removed)} removed{how and f': {how}'})"
+        return text
+
+
+class Comparison(Record):
+    """``DIR/compare.json``: many methods, one protocol.
+
+    Args:
+        fingerprint: what all rows share, by name: model, calibration, evaluation text, settings.
+        kept: run directories in ``DIR/runs`` whose checkpoints this command or an earlier one asked to keep.
+        dense: the dense model on the same tokens.
+    """
+
+    version: int = VERSION
+    kind: Literal["compare"] = "compare"
+    status: Literal["running", "finished"] = "running"
+    command: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    versions: dict[str, str] = {}
+    machine: Machine = Machine()
+    model: ModelFacts = ModelFacts()
+    fingerprint: dict[str, Any] = {}
+    kept: list[str] = []
+    calibration: CalibrationFacts | None = None
+    dense: Perplexity | None = None
+    rows: list[CompareRow] = []
+    warnings: list[str] = []
+
+
+# --- reading
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether a path is a run directory, and not a model or anything else."""
     folder = Path(path_text("folder", folder, A_FOLDER))
@@ -647,3 +851,13 @@ def load_run(folder: Path) -> Report:
             report.warnings.append(f"layer file left out: {error}")
     report.layers.sort(key=lambda layer: layer.index)
     return report
+
+
+def is_comparison(folder: Path) -> bool:
+    """Check whether a folder is that of a comparison, which may have no row yet."""
+    return (folder / FIGURES).is_file()
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json``; a FistaPrunerError says what is wrong with it."""
+    return parse(Comparison, read_json(folder / FIGURES), str(folder / FIGURES))

@@ -30,7 +30,7 @@ from ..papers.mrpo import (
 from ..passes.check import check_model
 from ..pruning.opened import open_model
 from ..runs.directory import AlignDirectory, TrainingDirectory
-from ..runs.listener import Listener
+from ..runs.log import Listener
 from ..runs.records import Alignment as Figures
 from ..runs.records import Report
 from ..runtime.numerics import mean_and_error

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.listener import Listener
-from ..runs.steps import StepJournal
+from ..runs.log import Listener, StepJournal
 from ..runs.store import Snapshots, snapshot_interval
 from ..runtime.show import duration
 

@@ -26,10 +26,9 @@ from ..pruning.opened import open_model
 from ..pruning.workers import default_threads
 from ..runs.directory import RecoverDirectory, TrainingDirectory
 from ..runs.lineage import input_run
-from ..runs.listener import Listener
+from ..runs.log import Listener, read_steps
 from ..runs.records import Report
 from ..runs.settled import TrainingDecision, stamps
-from ..runs.steps import read_steps
 from ..runs.store import Snapshots
 from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
@@ -87,7 +86,7 @@ class Recovery:
     def check_text(recipe: Any) -> None:
         """Refuse text that is not there or has a fault, before a model is opened."""
         for text in recipe.data.texts:
-            check_source(text, PURPOSE)
+            check_source(text, f"{PURPOSE} source")
 
     @staticmethod
     def resolved(request: Request) -> Any:
@@ -179,7 +178,7 @@ class Recovery:
         record = run.begun_record()
         decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
         recipe, text = recipe.model_copy(update={"execution": execution}), run.text()
-        require_same(run, run.windows_file, text and sha256_file(run.windows_file) == decision.windows_sha256)
+        require_same(run, run.text_file, text and sha256_file(run.text_file) == decision.windows_sha256)
         require_same(run, decision.folder, decision.folder.is_dir())
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         low_rank = LowRankAdapter.beside(decision.folder)
