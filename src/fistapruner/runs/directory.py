@@ -10,7 +10,7 @@
 
 Of a pruning run:
 
-        calibration.safetensors    the token ids; calibration.begun.safetensors: what the model has written so far
+        calibration.safetensors    the token ids
         metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
         layers/                    the finished decoder layers (:class:`LayerJournal`)
         bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
@@ -151,7 +151,7 @@ class RunDirectory(Generic[R_co]):
     def _foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
         text = self.text_name
-        names = rf"{EARLY}|lock|{text}(\.begun)?\.safetensors{re.escape(PARTIAL)}|{text}\.begun\.safetensors"
+        names = rf"{EARLY}|lock|{text}\.safetensors{re.escape(PARTIAL)}"
         with suppress(*UNREADABLE):
             if DRAWING in SafetensorsFile(self.text_file).metadata:
                 names += rf"|{text}\.safetensors|{DRAWN}"
@@ -356,7 +356,6 @@ class PruneDirectory(RunDirectory[PruneRecord]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.begun_file = folder / "calibration.begun.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
@@ -373,19 +372,6 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
         write_tensors(self.text_file, {"tokens": ids}, about)
-        self.begun_file.unlink(missing_ok=True)
-
-    def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
-        """Store what the model has written so far, and the state of the random numbers."""
-        write_tensors(self.begun_file, {"texts": texts, "random": random}, {DRAWING: drawing})
-
-    def begun_texts(self, drawing: str) -> tuple[Tensor, Tensor] | None:
-        """Read what :meth:`keep_texts` stored; None unless by the same settings and model."""
-        with suppress(*UNREADABLE):
-            file = SafetensorsFile(self.begun_file)
-            if file.metadata[DRAWING] == drawing:
-                return file.read("texts"), file.read("random")
-        return None
 
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
         """Read the token ids and how they were drawn; None where gone, damaged or of another ``drawing``."""
