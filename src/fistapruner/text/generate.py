@@ -30,7 +30,7 @@ TEXT_LENGTH = 512
 """Tokens of a generated text, at most: about the mean of a C4 document; longer texts cost more per token."""
 
 BATCH = {"cpu": (32, 2**30), "cuda": (128, 2**32)}
-"""Texts of a batch, and bytes of their keys and values, at most. On a CPU finished texts are kept more often."""
+"""Texts of a batch, and bytes of their keys and values, at most."""
 
 
 def generate_tokens(
