@@ -14,7 +14,6 @@ from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
-from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
@@ -224,30 +223,9 @@ def common_fields(
         recipe: all settings, resolved.
         threads: CPU threads of each worker.
     """
-    facts = describe_model(inputs.source, request.model, inputs.model)
-    return {
-        "command": request.command,
-        "started": now(),
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": versions(),
-        "machine": describe_machine(inputs.model.device, threads),
-        "model": facts,
-        "lineage": lineage_of(inputs.source.folder) or Lineage(source=facts),
-        "warnings": [*inputs.warnings],
-    }
-
-
-def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
-    """Describe the model that a run changes.
-
-    Args:
-        source: its folder.
-        name: as the user named it.
-        model: the opened model.
-    """
-    checkpoint = model.checkpoint
-    return ModelFacts(
-        source=name,
+    source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
+    facts = ModelFacts(
+        source=request.model,
         revision=source.revision(),
         architecture=type(model.model).__name__,
         layers=len(model),
@@ -257,6 +235,16 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         license=source.license(),
         own_code=source.own_code(),
     )
+    return {
+        "command": request.command,
+        "started": now(),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": describe_machine(model.device, threads),
+        "model": facts,
+        "lineage": lineage_of(source.folder) or Lineage(source=facts),
+        "warnings": [*inputs.warnings],
+    }
 
 
 def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int) -> Numerics:
