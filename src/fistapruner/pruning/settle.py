@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -75,7 +74,7 @@ def settle(
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
-        tokens, how = drawn or _draw_windows(run, recipe, inputs, seqlen, drawing, listener)
+        tokens, how = drawn or _draw_windows(recipe, inputs, seqlen, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -134,9 +133,7 @@ def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | Non
     return json.dumps([calibration.model_dump(mode="json"), *place, text, tokenizer])
 
 
-def _draw_windows(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, seqlen: int, drawing: str, listener: Listener
-) -> tuple[Tensor, dict[str, Any]]:
+def _draw_windows(recipe: Recipe, inputs: Inputs, seqlen: int, listener: Listener) -> tuple[Tensor, dict[str, Any]]:
     """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
     settings = recipe.calibration
 
@@ -144,8 +141,7 @@ def _draw_windows(
         limit = recipe.execution.memory_limit
         return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
-    kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
-    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say, **kept)
+    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say)
 
 
 def _measure(
