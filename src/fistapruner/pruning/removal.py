@@ -1,4 +1,4 @@
-"""Remove channels of one decoder layer: choose them, cut them out, describe what was done.
+"""Remove channels and experts of one decoder layer: choose them, cut them out, describe what was done.
 
 It happens before the first operator that loses outputs is pruned, on the hidden states of the pruned prefix. What
 comes after sees a smaller layer, whose targets are still the dense model's outputs.
@@ -6,7 +6,7 @@ comes after sees a smaller layer, whose targets are still the dense model's outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,89 +16,148 @@ from torch import Tensor
 from ..allocate.channels import channel_order, raised_shares
 from ..allocate.measure import permutes
 from ..core import NM
+from ..models.experts import Experts
 from ..papers.goa import fit_and_choose
 from ..runs.records import OperatorEntry, RemovalEntry
-from ..runtime.show import Clock
 from ..structure.choose import best_channels
-from ..structure.refit import Removal, removal_error, remove_channels
-from ..structure.units import Unit
+from ..structure.experts import fewer_experts, kept_experts, reap_scores
+from ..structure.refit import ChannelStatistics, Removal, removal_error, remove_channels
+from ..structure.units import EXPERTS, Unit
 from .context import LayerContext, LayerMeasures, LayerRecord
 from .passes import LayerPasses
 
 
-def remove_units(
-    context: LayerContext,
-    index: int,
-    consumers: Sequence[int],
-    passes: LayerPasses,
-    clock: Clock,
-    measures: LayerMeasures,
-    progress: Callable[[str, float | None], None],
-    record: LayerRecord,
-) -> None:
-    """Remove inputs of some groups of a decoder layer, one operator each, and the outputs they read.
+def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, record: LayerRecord) -> float:
+    """Remove inputs of group ``number`` of a decoder layer, one operator, and the outputs it reads.
 
     Args:
-        context: model, layout, widths.
-        index: number of the layer, which is loaded.
-        consumers: numbers of the groups.
-        passes: passes through the layer.
-        clock: counts the time.
+        passes: passes through the layer, which is loaded.
+        number: of the group.
         measures: what was measured on the dense model for this layer.
-        progress: receives the name of each operator: with None before the work on it, then with its relative error.
-        record: receives the new tensors and the report's entries, also of the operators that lost inputs and get no
-            zeros afterwards.
+        record: receives the new tensors and the report's entries, also of the operator if it gets no zeros afterwards.
+
+    Returns:
+        The operator's relative error.
     """
-    for number in consumers:
-        (operator,) = context.layout.layers[index][number]
-        unit = next(unit for unit in context.units(index) if unit.name == operator.name)
-        name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
-        short = f"expert {operator.expert} {short}" if operator.experts else short
-        progress(short, None)
-        importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
-        settings, chosen = context.recipe.structure, None
-        if settings.method == "goa":
-            groups, of_channels = context.layout.layers[index], partial(passes.channels_of, number)
-            known, chosen, warnings = fit_and_choose(
-                context.model, index, unit, groups, passes.fitting_problem, of_channels, passes.seen
-            )
-            record.warnings += warnings
-        else:
-            known = passes.channels_of(number)
-        if name in measures.scores:
-            chosen = best_channels(measures.scores[name], unit.after)
-        with clock.phase("structure"):
-            biased = unit.biased(context.model.layers[index])
-            removal = remove_channels(
-                known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
-            )
-            keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
-            bias = _cut(context, index, unit, removal, keep, weight, record)
-            record.removals.append(_removal_entry(context, unit, removal, len(keep), biased=bias is not None))
-            error = removal_error(known, places, weight, bias)
-        record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
-        record.removals[-1].tokens = known.tokens
-        if number not in passes.solved:
-            record.operators.append(_entry(context, unit, removal, weight, error, known.tokens))
-        progress(short, error)
+    context, layer, settings = passes.context, passes.layer, passes.context.recipe.structure
+    (operator,) = passes.groups[number]
+    unit = next(unit for unit in context.units(passes.index) if unit.name == operator.name)
+    name = context.layout.full_name(passes.index, operator)
+    importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
+    known, chosen = _choose(passes, number, unit, record)
+    if name in measures.scores:
+        chosen = best_channels(measures.scores[name], unit.after)
+    with passes.clock.phase("structure"):
+        biased = unit.biased(layer)
+        removal = remove_channels(
+            known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
+        )
+        order, shares = _order(context, name, unit, removal, known.problem.gram)
+        keep, places, weight = removal.keep, removal.places, removal.weight
+        if order is not None:
+            keep = places = keep[order]
+            weight = weight[:, order].contiguous()
+        bias = _cut(passes, unit, removal, keep, weight, record)
+        error = removal_error(known, places, weight, bias)
+    unchanged = settings.compensation == "bias" and bias is None
+    record.removals.append(
+        RemovalEntry(
+            unit=unit.kind,
+            producers=list(unit.producers),
+            consumer=unit.name,
+            before=unit.before,
+            after=len(keep),
+            method=settings.method,
+            compensate="none" if unchanged else settings.compensation,
+            shrink=removal.shrink,
+            dense_error=removal.dense,
+            dropped_error=removal.dropped,
+            validated_error=removal.validated,
+            relative_error=error,
+            permuted=shares,
+            tokens=known.tokens,
+        )
+    )
+    if number not in passes.solved:
+        steps: list[dict[str, Any]] = [{"method": settings.method, "relative_error": removal.dropped}]
+        if settings.compensation == "refit":
+            steps.append({"method": "refit", "relative_error": error})
+        entry = operator_entry(unit.name, weight, error, steps, known.tokens)
+        entry.dense_error = removal.dense
+        record.operators.append(entry)
+    return error
+
+
+def operator_entry(
+    name: str, weight: Tensor, error: float, steps: list[dict[str, Any]], tokens: int | None
+) -> OperatorEntry:
+    """Make the report's entry of an operator.
+
+    Args:
+        name: inside the layer.
+        weight: (m, n), rounded as in the checkpoint.
+        error: its relative error.
+        steps: what was done, and the error after each.
+        tokens: of those that were routed to an expert; None of an operator that sees all.
+    """
+    zeros = weight.numel() - int(torch.count_nonzero(weight))  # summing booleans would convert them to int64
+    return OperatorEntry(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        sparsity="0%",
+        zeros=zeros,
+        relative_error=error,
+        steps=steps,
+        tokens=tokens,
+    )
+
+
+def _choose(
+    passes: LayerPasses, number: int, unit: Unit, record: LayerRecord
+) -> tuple[ChannelStatistics, Tensor | None]:
+    """Return what is known of channels, and those that stay where goa fits and chooses them."""
+    context = passes.context
+    if context.recipe.structure.method != "goa":
+        return passes.channels_of(number), None
+    known, chosen, warnings = fit_and_choose(
+        context.model,
+        passes.index,
+        unit,
+        passes.groups,
+        passes.fitting_problem,
+        partial(passes.channels_of, number),
+        passes.streams.seen,
+    )
+    record.warnings += warnings
+    return known, chosen
+
+
+def _order(
+    context: LayerContext, name: str, unit: Unit, removal: Removal, gram: Tensor
+) -> tuple[Tensor | None, tuple[float, float] | None]:
+    """Return the order of the kept channels that an n:m pattern asks for; None leaves it.
+
+    Also the shares of the importance that the pattern keeps in the old and the new order. Groups of heads stay in their
+    order.
+    """
+    sparsity = context.sparsity[name]
+    if sparsity.nm is None or unit.columns > 1 or not permutes(context.recipe):
+        return None, None
+    scores = removal.weight.square() * gram.diagonal()[removal.keep]
+    order = channel_order(scores, NM(*sparsity.nm))
+    shares = raised_shares(scores, scores[:, order], sparsity)
+    return (None if shares is None else order), shares
 
 
 def _cut(
-    context: LayerContext,
-    index: int,
-    unit: Unit,
-    removal: Removal,
-    keep: Tensor,
-    weight: Tensor,
-    record: LayerRecord,
+    passes: LayerPasses, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor, record: LayerRecord
 ) -> Tensor | None:
     """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
     Tensors of which only places are kept are taken from the checkpoint: it may have more bits than the passes.
 
     Args:
-        context: model and recipe.
-        index: number of the layer.
+        passes: passes through the layer.
         unit: the channels.
         removal: which, and why.
         keep: (k,) kept channels in their new order.
@@ -108,11 +167,11 @@ def _cut(
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
     """
-    model, layer, settings = context.model, context.model.layers[index], context.recipe.structure
+    model, layer, settings = passes.context.model, passes.layer, passes.context.recipe.structure
     tensors = unit.tensors(keep)
     unit.cut_out(layer, keep)
     target = unit.consumer.weight(layer)
-    target.copy_(model.rounded(model.source_of(index, f"{unit.name}.weight"), weight))
+    target.copy_(model.rounded(model.source_of(passes.index, f"{unit.name}.weight"), weight))
     weight.copy_(target)
     goa = settings.method == "goa"
     fitted = unit.names if goa else (unit.name,) if settings.compensation == "refit" else ()
@@ -121,11 +180,11 @@ def _cut(
         new.append(f"{unit.name}.bias")
         bias = layer.get_parameter(new[-1]).detach()
         before = bias.to(torch.float32, copy=True)
-        source = model.source_of(index, new[-1])
+        source = model.source_of(passes.index, new[-1])
         bias.copy_(model.rounded(source, before + removal.bias))
         added = bias.float() - before
     for name in dict.fromkeys((*tensors, *new)):
-        source = model.source_of(index, name)
+        source = model.source_of(passes.index, name)
         if name in new:
             record.weights[source] = model.result(source, layer.get_parameter(name).detach())
         else:
@@ -137,66 +196,41 @@ def _cut(
     return added
 
 
-def _removal_entry(context: LayerContext, unit: Unit, removal: Removal, after: int, *, biased: bool) -> RemovalEntry:
-    """Make the report's entry of removed channels; ``biased`` says that the consumer's bias has changed."""
-    settings = context.recipe.structure
-    return RemovalEntry(
-        unit=unit.kind,
-        producers=list(unit.producers),
-        consumer=unit.name,
-        before=unit.before,
-        after=after,
-        method=settings.method,
-        compensate="none" if settings.compensation == "bias" and not biased else settings.compensation,
-        shrink=removal.shrink,
-        dense_error=removal.dense,
-        dropped_error=removal.dropped,
-        validated_error=removal.validated,
-    )
+def remove_experts(passes: LayerPasses, unit: Unit, record: LayerRecord, loaded: ExitStack) -> None:
+    """Remove experts of a loaded decoder layer, until ``loaded`` is left.
 
-
-def _ordered(
-    context: LayerContext, name: str, unit: Unit, removal: Removal, gram: Tensor
-) -> tuple[Tensor, Tensor, Tensor, tuple[float, float] | None]:
-    """Return the kept channels in the order that an n:m pattern asks for, their inputs, and the weights.
-
-    Also the shares of the importance that the pattern keeps in the old and the new order, where it was changed. Groups
-    of heads stay in their order.
+    Args:
+        passes: passes through the layer.
+        unit: the mixture, and how many of its experts stay.
+        record: receives the tensors that are others now, with all bits that the checkpoint has, and the report's entry.
+        loaded: holds the layer.
     """
-    sparsity = context.sparsity[name]
-    nm = sparsity.nm
-    if nm is None or unit.columns > 1 or not permutes(context.recipe):
-        return removal.keep, removal.places, removal.weight, None
-    scores = removal.weight.square() * gram.diagonal()[removal.keep]
-    order = channel_order(scores, NM(*nm))
-    shares = raised_shares(scores, scores[:, order], sparsity)
-    if shares is None:
-        return removal.keep, removal.places, removal.weight, None
-    keep = removal.keep[order]
-    return keep, keep, removal.weight[:, order].contiguous(), shares
-
-
-def _entry(
-    context: LayerContext,
-    unit: Unit,
-    removal: Removal,
-    weight: Tensor,
-    error: float,
-    tokens: int | None,
-) -> OperatorEntry:
-    """Make the report's entry of an operator that lost inputs and gets no zeros."""
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
-    settings = context.recipe.structure
-    steps: list[dict[str, Any]] = [{"method": settings.method, "relative_error": removal.dropped}]
-    if settings.compensation == "refit":
-        steps.append({"method": "refit", "relative_error": error})
-    return OperatorEntry(
-        name=unit.name,
-        shape=(weight.shape[0], weight.shape[1]),
-        sparsity="0%",
-        zeros=zeros,
-        relative_error=error,
-        dense_error=removal.dense,
-        steps=steps,
-        tokens=tokens,
+    model, layer = passes.context.model, passes.layer
+    checkpoint, stored = model.checkpoint, partial(model.source_of, passes.index)
+    routed = passes.routed_to(unit.name)
+    experts = layer.get_submodule(unit.name)
+    assert isinstance(experts, Experts)
+    with passes.clock.phase("structure"):
+        scores = reap_scores(experts, routed, model.device)
+        keep = kept_experts(scores, unit)
+        loaded.enter_context(fewer_experts(layer, unit, keep))
+    passes.rerouted(unit.name)
+    with passes.clock.phase("io"):
+        for name, (dim, places) in unit.tensors(keep).items():
+            record.weights[stored(name)] = checkpoint.read(stored(name)).index_select(dim, places)
+        for place, number in enumerate(keep.tolist()):
+            for name, _ in experts.get_submodule(str(place)).named_parameters() if place != number else ():
+                source, old = (stored(f"{unit.name}.{each}.{name}") for each in (place, number))
+                record.weights[source] = checkpoint.read(old).to(checkpoint.entry(source).dtype)
+    record.removals.append(
+        RemovalEntry(
+            unit=EXPERTS,
+            kept=keep.tolist(),
+            scores=scores.tolist(),
+            consumer=unit.name,
+            before=unit.before,
+            after=unit.after,
+            method="reap",
+            compensate="none",
+        )
     )
