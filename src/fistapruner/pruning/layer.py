@@ -25,7 +25,7 @@ from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
 from .passes import LayerPasses
-from .removal import operator_entry, remove_channels_of, remove_experts
+from .removal import remove_channels_of, remove_experts
 
 ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
 """What a layer's relative error is relative to, as the report says it."""
@@ -158,13 +158,22 @@ class _Pruning:
                 solution, low_rank = _solve(problem, pattern, steps, recipe.low_rank, importance)
                 total, unrounded = self._write(operator, name, solution.weight, low_rank)
             with self.clock.phase("report"):
-                # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a
-                # pass.
+                # Where nothing was rounded the error is known, and would cost as much as a pass.
                 known = unrounded and importance is None
                 error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
-                entry = operator_entry(operator.name, solution.weight, error, solution.stats[0]["steps"], tokens)
-                entry.sparsity, entry.dense_error = str(pattern), problem.dense_error()
-                entry.low_rank = None if low_rank is None else len(low_rank.a)
+                weight = solution.weight
+                entry = OperatorEntry(
+                    name=operator.name,
+                    shape=(operator.rows, operator.columns),
+                    sparsity=str(pattern),
+                    # Summing booleans would convert them to int64.
+                    zeros=weight.numel() - int(torch.count_nonzero(weight)),
+                    relative_error=error,
+                    dense_error=problem.dense_error(),
+                    steps=solution.stats[0]["steps"],
+                    tokens=tokens,
+                    low_rank=None if low_rank is None else len(low_rank.a),
+                )
             self.record.operators.append(entry)
             self.record.warnings += solution.warnings
             worst = max(worst, error)

@@ -28,35 +28,25 @@ from .passes import LayerPasses
 
 
 def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, record: LayerRecord) -> float:
-    """Remove inputs of group ``number`` of a decoder layer, one operator, and the outputs it reads.
+    """Remove inputs of group ``number``, one operator, and the outputs it reads; return its relative error.
 
     Args:
         passes: passes through the layer, which is loaded.
         number: of the group.
         measures: what was measured on the dense model for this layer.
         record: receives the new tensors and the report's entries, also of the operator if it gets no zeros afterwards.
-
-    Returns:
-        The operator's relative error.
     """
-    context, layer, settings = passes.context, passes.layer, passes.context.recipe.structure
-    (operator,) = passes.groups[number]
-    unit = next(unit for unit in context.units(passes.index) if unit.name == operator.name)
-    name = context.layout.full_name(passes.index, operator)
+    context, settings = passes.context, passes.context.recipe.structure
+    unit = next(unit for unit in context.units(passes.index) if unit.name == passes.groups[number][0].name)
+    name = context.layout.full_name(passes.index, unit.name)
     importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
-    known, chosen = _choose(passes, number, unit, record)
-    if name in measures.scores:
-        chosen = best_channels(measures.scores[name], unit.after)
+    known, chosen = _choose(passes, number, unit, measures.scores.get(name), record)
     with passes.clock.phase("structure"):
-        biased = unit.biased(layer)
+        biased = unit.biased(passes.layer)
         removal = remove_channels(
             known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
         )
-        order, shares = _order(context, name, unit, removal, known.problem.gram)
-        keep, places, weight = removal.keep, removal.places, removal.weight
-        if order is not None:
-            keep = places = keep[order]
-            weight = weight[:, order].contiguous()
+        keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
         bias = _cut(passes, unit, removal, keep, weight, record)
         error = removal_error(known, places, weight, bias)
     unchanged = settings.compensation == "bias" and bias is None
@@ -82,43 +72,28 @@ def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures
         steps: list[dict[str, Any]] = [{"method": settings.method, "relative_error": removal.dropped}]
         if settings.compensation == "refit":
             steps.append({"method": "refit", "relative_error": error})
-        entry = operator_entry(unit.name, weight, error, steps, known.tokens)
-        entry.dense_error = removal.dense
-        record.operators.append(entry)
+        record.operators.append(
+            OperatorEntry(
+                name=unit.name,
+                shape=(weight.shape[0], weight.shape[1]),
+                sparsity="0%",
+                zeros=weight.numel() - int(torch.count_nonzero(weight)),
+                relative_error=error,
+                dense_error=removal.dense,
+                steps=steps,
+                tokens=known.tokens,
+            )
+        )
     return error
 
 
-def operator_entry(
-    name: str, weight: Tensor, error: float, steps: list[dict[str, Any]], tokens: int | None
-) -> OperatorEntry:
-    """Make the report's entry of an operator.
-
-    Args:
-        name: inside the layer.
-        weight: (m, n), rounded as in the checkpoint.
-        error: its relative error.
-        steps: what was done, and the error after each.
-        tokens: of those that were routed to an expert; None of an operator that sees all.
-    """
-    zeros = weight.numel() - int(torch.count_nonzero(weight))  # summing booleans would convert them to int64
-    return OperatorEntry(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        sparsity="0%",
-        zeros=zeros,
-        relative_error=error,
-        steps=steps,
-        tokens=tokens,
-    )
-
-
 def _choose(
-    passes: LayerPasses, number: int, unit: Unit, record: LayerRecord
+    passes: LayerPasses, number: int, unit: Unit, scores: Tensor | None, record: LayerRecord
 ) -> tuple[ChannelStatistics, Tensor | None]:
-    """Return what is known of channels, and those that stay where goa fits and chooses them."""
+    """Return what is known of channels, and those that stay where learned ``scores`` or goa choose them."""
     context = passes.context
     if context.recipe.structure.method != "goa":
-        return passes.channels_of(number), None
+        return passes.channels_of(number), None if scores is None else best_channels(scores, unit.after)
     known, chosen, warnings = fit_and_choose(
         context.model,
         passes.index,
@@ -132,21 +107,21 @@ def _choose(
     return known, chosen
 
 
-def _order(
+def _ordered(
     context: LayerContext, name: str, unit: Unit, removal: Removal, gram: Tensor
-) -> tuple[Tensor | None, tuple[float, float] | None]:
-    """Return the order of the kept channels that an n:m pattern asks for; None leaves it.
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, float] | None]:
+    """Return the kept channels in the order that an n:m pattern asks for, their inputs, and the weights.
 
-    Also the shares of the importance that the pattern keeps in the old and the new order. Groups of heads stay in their
-    order.
+    Also the shares of the importance that the pattern keeps in the old and the new order, where it was changed. Groups
+    of heads stay in their order.
     """
     sparsity = context.sparsity[name]
-    if sparsity.nm is None or unit.columns > 1 or not permutes(context.recipe):
-        return None, None
-    scores = removal.weight.square() * gram.diagonal()[removal.keep]
-    order = channel_order(scores, NM(*sparsity.nm))
-    shares = raised_shares(scores, scores[:, order], sparsity)
-    return (None if shares is None else order), shares
+    if sparsity.nm is not None and unit.columns == 1 and permutes(context.recipe):
+        scores = removal.weight.square() * gram.diagonal()[removal.keep]
+        order = channel_order(scores, NM(*sparsity.nm))
+        if (shares := raised_shares(scores, scores[:, order], sparsity)) is not None:
+            return removal.keep[order], removal.keep[order], removal.weight[:, order].contiguous(), shares
+    return removal.keep, removal.places, removal.weight, None
 
 
 def _cut(
