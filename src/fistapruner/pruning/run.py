@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.data import check_data
 from ..measure.run import measure
@@ -43,11 +42,8 @@ from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
 from .result import refuse_foreign_files, reporting_failure
 from .settle import settle
-from .workers import prune_layers
+from .workers import Inspect, prune_layers
 from .write import write
-
-Inspect = Callable[[int, int, LayerProblem], None]
-"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
 @undisturbed()
@@ -246,11 +242,11 @@ def _prune(
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
-        refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+        refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
         if todo:
             refuse_other_versions(run, settled)
-            run.remove_model(context.model.checkpoint)
+            run.remove_model()
             _prune_layers(context, todo, settled, request.recipe, listener, inspect)
         context.clear_hidden()  # a killed process may have left them
         alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,14 +14,13 @@ from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
-from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
 from ..runs.directory import PruneDirectory
-from ..runs.lineage import begin_lineage
+from ..runs.lineage import Dense, dense_behind, lineage_of
 from ..runs.log import Listener
-from ..runs.records import CalibrationFacts, ModelFacts
+from ..runs.records import CalibrationFacts, Lineage, ModelFacts
 from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
 from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
@@ -62,6 +60,8 @@ def settle(
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
+    folder = inputs.source.folder.absolute()
+    lineage = lineage_of(folder)
     text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, inputs.model)
     drawing = _drawing(recipe, inputs.model, seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
@@ -74,7 +74,7 @@ def settle(
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
-        tokens, how = drawn or _draw_windows(run, recipe, inputs, seqlen, drawing, listener)
+        tokens, how = drawn or _draw_windows(recipe, inputs, seqlen, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -86,6 +86,8 @@ def settle(
             seconds["sensitivity"] = time.perf_counter() - begin
     has_metrics = run.metrics_file.is_file()
     sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
+    stamped = tuple(stamps(inputs.model.checkpoint))
+    dense = dense_behind(folder, lineage) if lineage and lineage.stages else Dense(folder, stamped)
     record = PruneRecord(
         **common_fields(request, inputs, recipe, numerics.threads),
         fingerprint=identity,
@@ -94,10 +96,12 @@ def settle(
         workload=measured.workload if measured else None,
         decision=PruneDecision(
             model=absolute(request.model),
-            folder=inputs.source.folder.absolute(),
-            stamps=tuple(stamps(inputs.model.checkpoint)),
+            folder=folder,
+            stamps=stamped,
             numerics=numerics,
             evaluation=request.evaluation,
+            dense=dense and dense.folder,
+            dense_stamps=dense.stamps if dense else (),
             sparsity=dict((measured.sparsity if measured else None) or inputs.sparsity),
             on_disk=on_disk,
             on_device=on_device,
@@ -129,9 +133,7 @@ def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | Non
     return json.dumps([calibration.model_dump(mode="json"), *place, text, tokenizer])
 
 
-def _draw_windows(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, seqlen: int, drawing: str, listener: Listener
-) -> tuple[Tensor, dict[str, Any]]:
+def _draw_windows(recipe: Recipe, inputs: Inputs, seqlen: int, listener: Listener) -> tuple[Tensor, dict[str, Any]]:
     """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
     settings = recipe.calibration
 
@@ -139,8 +141,7 @@ def _draw_windows(
         limit = recipe.execution.memory_limit
         return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
-    kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
-    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say, **kept)
+    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say)
 
 
 def _measure(
@@ -222,31 +223,9 @@ def common_fields(
         recipe: all settings, resolved.
         threads: CPU threads of each worker.
     """
-    facts = describe_model(inputs.source, request.model, inputs.model)
-    lineage, warning = begin_lineage(inputs.source.folder, facts)
-    return {
-        "command": request.command,
-        "started": now(),
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": versions(),
-        "machine": describe_machine(inputs.model.device, threads),
-        "model": facts,
-        "lineage": lineage,
-        "warnings": [*inputs.warnings, *([warning] if warning else [])],
-    }
-
-
-def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
-    """Describe the model that a run changes.
-
-    Args:
-        source: its folder.
-        name: as the user named it.
-        model: the opened model.
-    """
-    checkpoint = model.checkpoint
-    return ModelFacts(
-        source=name,
+    source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
+    facts = ModelFacts(
+        source=request.model,
         revision=source.revision(),
         architecture=type(model.model).__name__,
         layers=len(model),
@@ -256,6 +235,16 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         license=source.license(),
         own_code=source.own_code(),
     )
+    return {
+        "command": request.command,
+        "started": now(),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": describe_machine(model.device, threads),
+        "model": facts,
+        "lineage": lineage_of(source.folder) or Lineage(source=facts),
+        "warnings": [*inputs.warnings],
+    }
 
 
 def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int) -> Numerics:

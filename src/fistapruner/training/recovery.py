@@ -178,7 +178,7 @@ class Recovery:
         record = run.begun_record()
         decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
         recipe, text = recipe.model_copy(update={"execution": execution}), run.text()
-        require_same(run, run.windows_file, text and sha256_file(run.windows_file) == decision.windows_sha256)
+        require_same(run, run.text_file, text and sha256_file(run.text_file) == decision.windows_sha256)
         require_same(run, decision.folder, decision.folder.is_dir())
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         low_rank = LowRankAdapter.beside(decision.folder)
@@ -201,7 +201,7 @@ class Recovery:
             if self.low_rank is not None:  # of what is trained, it is added to the masters
                 operators = {name for name, _ in self.layout.operators()} if self.recipe.parameters != "norms" else ()
                 self.model.low_rank = self.low_rank.without(operators)
-            loaded.enter_context(self.model.resident(layers=False))
+            loaded.enter_context(self.model.embeddings_and_head())
             trained = self._trainable(loaded)
             states = self.run.states if self.world.size == 1 else ShardedSnapshots(self.run.states.folder, self.world)
             lines = read_steps(self.run.steps_file)
@@ -269,7 +269,7 @@ class Recovery:
             after_snapshot=after,
             agree=world.tell,
         )
-        with objective.resident(shared=not zeroth):
+        with objective.resident():
             return loop.run(state)
 
     def runner(self, trained: Trained | ForwardOnly) -> Any:
