@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"calibration": {"source": "missing.txt"}}, ["missing.txt"]),
     ({"calibration": {"source": "python", "seqlen": 999999}}, ["999999"]),
     ({"calibration": {"source": "self", "seqlen": 4096}}, ["seqlen 4096 is more than"]),
-    ({"evaluate": "missing.txt"}, ["'missing.txt' is neither a file nor a known data set"]),
+    ({"evaluate": "missing.txt"}, ["'missing.txt' is neither a .txt"]),
     ({"evaluate": "none"}, ["evaluate 'none' is no text: give None to evaluate nothing"]),
     ({"evaluate": "python", "evaluate_windows": 0}, ["evaluate_windows 0: a whole number from 1"]),
     ({"evaluate_windows": 4}, ["evaluate_windows 4 has no effect: evaluate names no text"]),

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationInfo
@@ -119,7 +119,8 @@ def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -
     """
     if isinstance(value, bool) and info.field_name is not None:
         kind = settings.model_fields[info.field_name].annotation
-        if {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}:
+        parts = {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)}
+        if parts <= {int, float, NoneType, Literal} and parts & {int, float}:
             raise ValueError("a number is expected")
     return value
 

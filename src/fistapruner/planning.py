@@ -194,7 +194,8 @@ def make_plan(
     memory, on_gpu = (bound.host(choice), bound.stages(choice)) if bound.cuda else (bound.stages(choice), {})
     if SELF in recipe.calibration.sources.values() and not drawn:  # in this process alone
         whole = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, bound.samples, bound.seqlen)
-        require_whole(whole, device, execution.memory_limit, "--calibration")
+        instead = "take --calibration c4, python or a file"
+        require_whole(whole, device, execution.memory_limit, "--calibration self", instead)
         (on_gpu or memory)[GENERATING] = whole if on_gpu else bound.base + whole
     return Plan(choice, memory, on_gpu, disk, workers, changed, seconds)
 

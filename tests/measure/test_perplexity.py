@@ -140,7 +140,7 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
     ("settings", "message"),
     [
         ({"data": None}, "nothing to evaluate"),
-        ({"data": ""}, "data '' is neither a file nor a known data set"),
+        ({"data": ""}, "data '' is neither a .txt"),
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"bos": "maybe"}, "bos: Input should be 'auto', 'none', 'text' or 'window'"),

@@ -24,7 +24,6 @@ from fistapruner.settings.parse import (
     parse_bytes,
     parse_count,
     parse_value,
-    parse_yaml,
 )
 from fistapruner.settings.prune import Calibration
 from fistapruner.settings.structure import Remove
@@ -64,7 +63,7 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
 
 
 def test_arguments_of_a_solver_that_a_recipe_does_not_keep_are_refused() -> None:
-    with pytest.raises(FistaPrunerError, match=r"ALPS\(.*iterations=3.* has arguments that a recipe does not keep"):
+    with pytest.raises(FistaPrunerError, match=r"ALPS\(.*iterations=3.* is more than a recipe keeps"):
         Recipe.build({"method": ALPS(iterations=3)})
     with pytest.raises(FistaPrunerError, match="method alps: unknown setting 'iterations': it has none"):
         Recipe.build({"method": {"alps": {"iterations": 3}}})
@@ -79,8 +78,8 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
         pass
 
     assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
-    for method, name in ((Mine(), "mine"), (Other(), "magnitude"), (["wanda", Mine()], "mine")):
-        with pytest.raises(FistaPrunerError, match=rf"method '{name}' of the class \w+ is not known by its name"):
+    for method, name in ((Mine(), "Mine"), (Other(), "Other"), (["wanda", Mine()], "Mine")):
+        with pytest.raises(FistaPrunerError, match=rf"{name}\(.*\) is more than a recipe keeps"):
             Recipe.build({"method": method})
 
 
@@ -260,18 +259,6 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
             parse_value(text, "x")
 
 
-def test_keys_are_words_in_yaml() -> None:
-    """Norwegian is a task like others; as a value the word stays a truth value."""
-    assert parse_yaml("mix: {en: 0.7, no: 0.3}\non: no", "x") == {"mix": {"en": 0.7, "no": 0.3}, "on": False}
-
-
-def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "own.yaml"
-    file.write_text("seed: 1\nstructure:\n  steps: 3\n  lr: 0.1\n  steps: 4\n")
-    with pytest.raises(FistaPrunerError, match=r"own\.yaml is not valid YAML: 'steps' stands twice, again in line 5$"):
-        load_recipe_settings(str(file))
-
-
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
@@ -315,7 +302,7 @@ def test_yes_is_no_number(setting: str, message: str) -> None:
 @pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "lr", "clip"])
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
 def test_infinity_is_no_number(setting: str, number: str) -> None:
-    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}: .*number"):
+    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}.*number"):
         AlignRecipe.from_yaml(f"{setting}: {number}")
 
 

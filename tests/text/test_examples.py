@@ -175,7 +175,6 @@ def test_examples_become_training_windows(tmp_path: Path) -> None:
     assert not bool(text.marks[:, :2].any())
     facts = text.facts["tasks"][data.source]
     assert facts["documents"] == len(records)
-    assert facts["duplicates"] == 1
     assert facts["trained"]["loss_tokens"] * 6 == facts["trained"]["tokens"] * 4  # bbb</s> of abbbb</s>
     whole = training_text(data.model_copy(update={"tokens": 10**6}), letters_tokenizer(), 32, say=said.append)
     assert whole.facts["tasks"][data.source]["too_long"] == 1

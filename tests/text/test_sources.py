@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from fistapruner import FistaPrunerError
 from fistapruner.errors import MissingExtraError
 from fistapruner.measure.data import check_data
-from fistapruner.text.sources import PYTHON_EVAL, check_source, passages, python_documents, read_documents
+from fistapruner.text.sources import (
+    PYTHON_EVAL,
+    check_source,
+    passages,
+    python_documents,
+    read_documents,
+    source_documents,
+)
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -37,7 +44,7 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     for name, words in (
         ("b", "with a column 'text'"),
-        ("c", "rows are not all text"),
+        ("c", "row 2 has no field 'text'"),
         ("d", "no whole Parquet file"),
     ):
         with pytest.raises(FistaPrunerError, match=words):
@@ -54,15 +61,15 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', r"line 2 is not JSON in UTF-8: .*\\ud83d"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b"nonsense", "line 1 is not JSON"),
-        ("a.csv", b"text\na\n", r"a\.csv' is none of \.txt, "),
-        ("a.txt", None, "does not exist"),
+        ("a.csv", b"text\na\n", r"is neither a \.txt/"),
+        ("a.txt", None, "file that exists"),
     ],
 )
 def test_faults_name_the_place(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(FistaPrunerError, match=words) as caught:
-        read_documents(tmp_path / name)
+        source_documents(str(tmp_path / name))
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -73,7 +80,7 @@ def test_a_missing_extra_is_named_before_anything_is_read(tmp_path: Path, monkey
         monkeypatch.setitem(sys.modules, package, None)
     for check in (check_source, check_data):
         check("python")
-        with pytest.raises(MissingExtraError, match=r"^the data set 'c4' needs .*'datasets': pip .*\[data\]"):
+        with pytest.raises(MissingExtraError, match=r"^reading c4 needs .*'datasets': pip .*\[data\]"):
             check("c4")
         with pytest.raises(MissingExtraError, match=r"^reading .*table\.parquet needs the package 'pyarrow'"):
             check(str(table))

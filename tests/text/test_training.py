@@ -103,7 +103,6 @@ def test_windows_of_both_sides_are_cut_apart(tmp_path: Path) -> None:
     assert not sides[0] & sides[1]
     facts = text.facts["tasks"][data.source]
     assert facts["documents"] == 2 * len(documents)
-    assert facts["duplicates"] == len(documents)
     assert facts["trained"]["tokens"] == 63 * 32
     assert facts["held_out"]["windows"] == 16
     assert torch.equal(text.tokens, training_text(data, letters_tokenizer(), 32).tokens)

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, path_text
+from ..errors import FistaPrunerError
 from ..text.sources import (
     DATA_SETS,
     LARGE,
     PYTHON,
     PYTHON_EVAL,
     bos_of,
-    check_extra,
-    check_file,
+    check_source,
     load_documents,
     passages,
     python_documents,
@@ -127,13 +126,7 @@ def check_data(data: str) -> None:
         FistaPrunerError: names the text and the known ones.
         MissingExtraError: a data set or a Parquet file needs the extra ``data``.
     """
-    data = path_text("data", data, A_TEXT)
-    if Path(data).is_file():
-        check_file(Path(data))
-    elif data not in (*DATA_SETS, PYTHON):
-        known = ", ".join([*DATA_SETS, PYTHON])
-        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({known})")
-    check_extra(data)
+    check_source(data, "data", (*DATA_SETS, PYTHON))
 
 
 def evaluation_documents(data: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
-from ..models.build import require_tasks_fit, whole_bytes
+from ..models.build import ROOM, require_whole, whole_bytes
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import LowRankAdapter
 from ..models.source import Permissions
@@ -110,9 +110,9 @@ def evaluate(
         if low_rank[0] is not None:
             found = replace(found, low_rank=low_rank[0].weights)
         if known is not None:
-            for checkpoint in checkpoints:
-                if memory is not None:
-                    require_tasks_fit(checkpoint.folder, whole_bytes(checkpoint, passes), memory)
+            for checkpoint in checkpoints if memory is not None else ():
+                nbytes = int(whole_bytes(checkpoint, passes) / ROOM)
+                require_whole(nbytes, torch.device("cpu"), memory, f"--tasks on {checkpoint.folder}", "leave it out")
             lineage, fault = lineage_of(sources[0].folder)
             found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
         if data is not None:

@@ -145,7 +145,7 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     known = {} if found is None else found.operators
     parameters = None if found is None else found.parameters
-    claims, faults = recorded_claims(record, entries, folder)
+    claims, faults = recorded_claims(record, entries)
     inputs_first = stores_inputs_first(claims, entries)
     if asked is not None:
         if not known:

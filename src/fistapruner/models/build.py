@@ -74,11 +74,7 @@ def refuse_own_code(folder: Path, why: str) -> None:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Read the config of a model, so that attention and experts are computed by built-in code.
-
-    A config may name other code than that of transformers, which the hub has or which needs a package and a GPU. It may
-    also ask for what the routers of mixtures return, for a loss of training, which layers that run alone do not give.
-    """
+    """Read the config of a model, with built-in code for attention and experts."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -176,9 +172,8 @@ def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_r
 def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     """Find the decoder layers of a model; return the name of their list and the modules.
 
-    They are the module list that has as many modules as the config has layers, or else several of one class, and that
-    holds the most weights. Lists of the text model go before those of its parts that read images or sound, which have
-    other configs.
+    They are the module list that holds the most weights, has as many modules as the config has layers or else several
+    of one class, and is of the text model, if there is such a list.
 
     Raises:
         FistaPrunerError: the model has no such list.
@@ -256,30 +251,18 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return checkpoint.nbytes * dtype.itemsize // checkpoint.dtype.itemsize
 
 
-def require_tasks_fit(folder: Path, nbytes: int, limit: int) -> None:
-    """Refuse zero-shot tasks on a whole model whose weights a limit of main memory does not hold."""
-    needed = resident_memory() + int(nbytes / ROOM)
-    if needed > limit:
-        raise FistaPrunerError(
-            f"memory_limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "
-            f"{size(needed)}: raise it, or leave out --tasks"
-        )
-
-
-def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str) -> None:
-    """Refuse to load a model that generates text if it does not fit.
+def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str, instead: str) -> None:
+    """Refuse to load a whole model that does not fit.
 
     Args:
-        nbytes: of its weights, and of what generating needs beside them.
+        nbytes: of its weights, and of what is needed beside them.
         device: where it would run.
         limit: bytes of main memory that the process may use; None is what is free.
-        option: that asks for the text: ``--calibration`` or ``--data``.
+        option: that asks for it, such as ``--calibration self``; ``instead``: what to do without it.
     """
     if nbytes > (left := _left(device, limit)):
-        raise FistaPrunerError(
-            f"{option} self needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there: "
-            f"take text instead, such as {option} c4, python or a file"
-        )
+        needed = f"{option} needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there"
+        raise FistaPrunerError(f"{needed}: {instead}")
 
 
 def _left(device: torch.device, limit: int | None) -> int:
@@ -292,16 +275,12 @@ def _left(device: torch.device, limit: int | None) -> int:
 def load_whole(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """Load a ``transformers`` model for forward passes.
-
-    The low-rank part that belongs to a checkpoint is added to its operators (that of a packed one by the plug-in of
-    transformers).
+    """Load a ``transformers`` model for forward passes, with the low-rank part of its checkpoint.
 
     Args:
         folder: a Hugging Face folder, dense or packed.
         device: where it runs.
-        dtype: precision of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored
-            weights, whatever the config says, as for passes layer by layer.
+        dtype: of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored weights.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:

@@ -65,13 +65,9 @@ def model_inside(folder: Path) -> Path:
 
 
 def which_gguf(folder: Path) -> str:
-    """Name the GGUF files of a folder without other weights, for the end of an error."""
-    files = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
-    names = [path.name for path in files if path.suffix == ".gguf" and "mmproj" not in path.name]
-    if not names or any(path.suffix in (".safetensors", ".bin") for path in files):
-        return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"; it holds GGUF files ({shown}): give one of them as FILE.gguf"
+    """Name a GGUF file of a folder without other weights, for the end of an error."""
+    name = next((path.name for path in sorted(folder.glob("[!.]*.gguf"))), "")
+    return name and f"; it holds GGUF files: give one of them, such as {folder / name}"
 
 
 def read_json_in(folder: Path, name: str) -> dict[str, Any]:
@@ -158,8 +154,7 @@ class PickleFile:
 class Checkpoint:
     """An opened checkpoint folder: names and shapes in memory, values on disk.
 
-    Tensors are read by the names that the files give them. Two kinds of names are made: :meth:`take_apart` names the
-    matrices of a tensor of all experts, :meth:`join` several tensors that a model holds as one.
+    Two kinds of names are made: by :meth:`take_apart` and :meth:`join`.
 
     Attributes:
         folder: the folder.
@@ -169,8 +164,7 @@ class Checkpoint:
         orders: tensors that :meth:`read` returns with the channels of a dimension reordered or rotated (see
             :mod:`fistapruner.models.links`); empty at first.
         stacks: by name, the stored tensors that are read as the matrices of single experts.
-        companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
-            Python code that ``auto_map`` in a config names. Not ``config.json``.
+        companions: names of the model's other files (:func:`find_companions`).
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:

@@ -2,10 +2,7 @@
 
 ``transformers`` holds the matrices of all experts of a mixture in two tensors of three dimensions, (experts, m, n),
 whatever the checkpoint has. :func:`separate_experts` replaces such a module by :class:`Experts`, in which every expert
-has linear modules of its own; so what is done to linear modules, hooks and pruning among it, is done to experts.
-
-The module's own activation joins the outputs of ``gate_proj`` and ``up_proj``. That both modules compute the same is
-not believed but tried, with small random weights, before any work.
+has linear modules of its own, after both have computed the same with small random weights.
 """
 
 from __future__ import annotations
@@ -33,11 +30,7 @@ ROWS = 64
 
 
 class ExpertLinear(nn.Linear):
-    """A linear operator of an expert, whose number of tokens is another one in every batch.
-
-    oneDNN keeps a program for every number of rows in low precision, of about 0.6 MiB: so zeros are added to make it
-    one of few.
-    """
+    """A linear operator of an expert; zeros make its number of tokens one of few, as oneDNN needs."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the outputs (tokens, m) of the inputs (tokens, n)."""
@@ -77,10 +70,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of one mixture, called with what the router has chosen.
-
-    Every expert runs in every pass, in order, also where no token is routed to it (it then gets a batch of none): so
-    each of its operators runs once.
+    """The experts of one mixture, called with the router's choice; each runs once, also on no token.
 
     Args:
         fused: the module of ``transformers``.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
     reader = open_gguf(path)
     space = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors) * dtype.itemsize
-    with (
-        checkpoint_folder(out, space) as partial,
-        transformers_faults(path),
-        temporary_folder() as alone,
-        _read_once(reader),
-    ):
+    with checkpoint_folder(out, space) as partial, transformers_faults(path), temporary_folder() as alone:
         if fault := _fault(reader):
             raise FistaPrunerError(f"{path} {fault}: take the model's Hugging Face checkpoint")
         # In a folder of its own, because transformers takes a tokenizer that lies beside the file.
@@ -103,19 +97,6 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
         if licence := _value(reader, "general.license", ""):
             metadata = yaml.safe_dump({"license": licence}, allow_unicode=True)
             write_text_atomic(partial / "README.md", f"---\n{metadata}---\n# {path.name}, de-quantised\n")
-
-
-@contextmanager
-def _read_once(reader: Any) -> Iterator[None]:
-    """Give ``transformers`` the header and one table of names, which it makes again and again."""
-    import gguf
-
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lambda *_: reader, cache(gguf.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _value(reader: Any, key: str, default: Any) -> Any:

@@ -1,17 +1,10 @@
 """Run a causal language model with one decoder layer in memory at a time.
 
-The architecture is built on the meta device, without weights; decoder layers are read from the checkpoint when they are
-needed and freed afterwards. No architecture is listed by name. Instead, the model's own ``forward`` runs with every
-decoder layer's ``forward`` replaced:
-
-* by a recorder, which gives the input of the first layer and the exact arguments of every layer
-  (:meth:`LayerwiseModel.embed`);
-* by a function that returns given hidden states, which gives the model's own final norm and head
-  (:meth:`LayerwiseModel.logits`).
-
-This is right only where every decoder layer receives the output of the layer before it, and nothing else happens
-between them. :meth:`LayerwiseModel.check` refuses models whose forward pass differs, and
-:func:`fistapruner.passes.check.check_model` compares the logits of one short window with the model's own.
+The architecture is built on the meta device; decoder layers are read from the checkpoint when they are needed and freed
+afterwards. No architecture is listed by name: the model's own ``forward`` runs with every decoder layer's ``forward``
+replaced by a recorder (:meth:`LayerwiseModel.embed`), or by what returns given hidden states
+(:meth:`LayerwiseModel.logits`). Models of which this is not the forward pass are refused by
+:meth:`LayerwiseModel.check` and :func:`fistapruner.passes.check.check_model`.
 """
 
 from __future__ import annotations
@@ -52,8 +45,7 @@ class LayerwiseModel:
     Args:
         checkpoint: the model's weights.
         device: device of the passes.
-        dtype: precision of the passes; None is the checkpoint's own, or fp32 where the device has no matrix units for
-            it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
+        dtype: precision of the passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the checkpoint's.
         trust_remote_code: run the checkpoint's own Python code.
 
     Attributes:
@@ -260,8 +252,7 @@ class LayerwiseModel:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
 
         Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
-        (batch, seqlen, width). Ids beyond the vocabulary, and a layer that does not receive the output of the layer
-        before it, are refused.
+        (batch, seqlen, width).
         """
         return self._watch(tokens, torch.Tensor.detach)
 
@@ -274,11 +265,7 @@ class LayerwiseModel:
             raise FistaPrunerError(f"{self.checkpoint.folder}: {beyond}: its tokenizer belongs to another model")
 
     def check(self) -> None:
-        """Refuse a model that cannot be run layer by layer; loads embeddings, then the first layer, once.
-
-        Every decoder layer must run once, in order. It must receive the output of the layer before it, and no other
-        argument that depends on the token ids.
-        """
+        """Refuse a model that cannot be run layer by layer; loads embeddings, then the first layer, once."""
         if not self._checked:
             with self.failures_explained():
                 self._learn_return_type(self.check_window(16))
@@ -315,8 +302,7 @@ class LayerwiseModel:
     def head(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute the logits (tokens, vocabulary) of single tokens, whatever their ids: final norm and head.
 
-        Needs :meth:`embeddings_and_head`. ``rows`` (tokens, width) are outputs of the last decoder layer, at most
-        :attr:`max_head_rows`; ``gradients`` are as for :meth:`logits`.
+        ``rows`` (tokens, width) are outputs of the last decoder layer, at most :attr:`max_head_rows`.
         """
         ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
         with torch.set_grad_enabled(gradients):

@@ -1,11 +1,8 @@
 """Find the channels between operators of a decoder layer that can be permuted or rotated.
 
-Permute the rows of ``up_proj`` (and ``gate_proj``) and, in the same way, the columns of ``down_proj``: the output of
-the layer does not change. The same holds for the channels of ``v_proj`` inside an attention head and the columns of
-``o_proj`` that read that head; these may also be rotated, since attention adds them up without a nonlinearity. No
-architecture is listed by name: channels of operators whose sizes fit are permuted and rotated at random in a small
-forward pass, in fp32. Operators are linked where the output stays the same. What is no weight of an operator (norms,
-biases, gates) is multiplied by random factors in it: a norm between operators must not pass because it is nearly one.
+Permute the rows of ``up_proj`` (and ``gate_proj``) and the columns of ``down_proj``: the output of the layer does not
+change. Channels of ``v_proj`` inside an attention head and the columns of ``o_proj`` may also be rotated. Operators
+whose sizes fit are tried with random changes in a small forward pass, in fp32, and linked where the output stays.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """The low-rank part of a pruned checkpoint: a LoRA adapter of the PEFT library beside it.
 
-    RUN/model      the sparse part S of every operator, an ordinary checkpoint
-    RUN/adapter    the low-rank part ``B A`` of every operator that has zeros
-
-The model that a run has made is the sum of both: ``PeftModel.from_pretrained(model, "RUN/adapter")``. The checkpoint's
-record (``fistapruner.json``) names the adapter, so that no verb takes the sparse part for the model. Packed and
-unpacked checkpoints have the adapter in their own folder: ``PACKED/adapter``.
+``RUN/model`` is the sparse part S of every operator, ``RUN/adapter`` the low-rank part ``B A`` of those with zeros, and
+the model is their sum: ``PeftModel.from_pretrained(model, "RUN/adapter")``. The checkpoint's record names the adapter,
+so that no verb takes the sparse part for the model. Packed and unpacked checkpoints have it in their own folder.
 """
 
 from __future__ import annotations
@@ -57,12 +54,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Add an operator's low-rank part to its sparse part: fp32, in main memory.
-
-    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation. The
-    sparse part is (m, n), or ``transposed`` (n, m) as the checkpoint stores it; ``factors``, by name, hold the
-    operator's two.
-    """
+    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, in main memory."""
     return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
 
 
@@ -188,11 +180,7 @@ class LowRankAdapter:
         return self.factors[operator + A], self.factors[operator + B]
 
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
-        """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
-
-        The sum is fp32, on the weight's device. The weight is as the checkpoint stores it: ``transposed`` (inputs,
-        outputs) or not.
-        """
+        """Add an operator's low-rank part to its stored weight, in fp32; return others as they are."""
         if (factors := self.of(parameter)) is None:
             return weight
         a, b = (factor.to(weight.device) for factor in factors)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from .checkpoint import Checkpoint
 from .experts import Experts, separate_experts
 from .layers import Call, LayerwiseModel
 from .names import checkpoint_names, parameter_names, stored_names
+
+if TYPE_CHECKING:
+    from ..settings.prune import Recipe
+    from ..settings.train import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,6 @@ class Operator:
 
 Group = tuple[Operator, ...]
 """Operators that read the same tensor."""
-
-
-class Selection(Protocol):
-    """Settings that select operators by name or ``re:`` pattern."""
-
-    @property
-    def targets(self) -> tuple[str, ...]: ...
-
-    @property
-    def ignore(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class Layout:
         """Count the weights of the operators of one decoder layer."""
         return sum(operator.rows * operator.columns for operator in self.in_layer(index))
 
-    def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
+    def select(self, recipe: Recipe | TrainingRecipe, purpose: str = "prune") -> Layout:
         """Select operators by the recipe's ``targets`` and ``ignore``; ``purpose`` is what is done with them.
 
         Raises:
@@ -348,11 +342,9 @@ def _is_read(module: nn.Module, run: Callable[[], Tensor]) -> bool:
 def _residual_writers(
     layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]
 ) -> tuple[str, ...]:
-    """Find the operators whose output is only added to the residual stream.
+    """Find the operators whose output is only added to the residual stream; none if more is added.
 
-    Noise on the output of such an operator, with the outputs of later operators fixed, appears unchanged in the
-    layer's output. The layer's input plus the outputs of all of them must be the layer's output; otherwise none is
-    returned.
+    Noise on such an output, with the outputs of later operators fixed, appears unchanged in the layer's output.
 
     Args:
         layer: the layer; ``run`` runs it again.
@@ -379,14 +371,8 @@ def _residual_writers(
     return tuple(found) if alike(out, total) else ()
 
 
-@dataclass(frozen=True)
-class StoredModel:
-    """What the code of a model says of the tensors of its checkpoint.
-
-    Args:
-        operators: those of the decoder layers, by the names of their stored weights.
-        parameters: names of the stored tensors that hold parameters, shared ones once; None where one is not found.
-    """
+class StoredModel(NamedTuple):
+    """Operators by their stored weights; the stored parameters, None where one is missing."""
 
     operators: dict[str, Operator]
     parameters: set[str] | None
@@ -399,8 +385,7 @@ def stored_model(
 ) -> StoredModel | None:
     """Find the operators of the decoder layers, and the parameters, by the names of the stored tensors.
 
-    Tensors that hold the matrices of all experts are taken apart, and those matrices are among the operators. No weight
-    is read, but a tied head that is stored beside its embedding; and no code of the checkpoint runs.
+    Tensors of all experts are taken apart. No code of the checkpoint runs.
 
     Args:
         checkpoint: the checkpoint.

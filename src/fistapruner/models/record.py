@@ -19,35 +19,33 @@ MIN_ZEROS = 0.01
 
 
 def read_pruning_record(folder: Path) -> dict[str, Any]:
-    """Read ``fistapruner.json`` of a model folder; empty where there is none."""
-    return read_json_in(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
+    """Read ``fistapruner.json`` of a model folder; empty where there is none.
 
-
-def permuted_tensors(record: Mapping[str, Any]) -> set[str]:
-    """Read the names of the tensors whose channels are not those of the dense model."""
-    names = record.get("permuted")
-    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    Raises:
+        FistaPrunerError: no JSON object, or its ``operators`` or ``permuted`` are not what a run writes there.
+    """
+    record = read_json_in(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
+    operators, permuted = record.get("operators", {}), record.get("permuted", [])
+    claimed = isinstance(operators, dict) and all(isinstance(claim, dict) for claim in operators.values())
+    if not claimed or not isinstance(permuted, list) or not all(isinstance(name, str) for name in permuted):
+        what = "no mapping of operators to claims, or no list of permuted tensors"
+        raise FistaPrunerError(f"{folder / PRUNING_RECORD} has {what}")
+    return record
 
 
 def lost_structure(record: Mapping[str, Any]) -> bool:
     """Return whether a model's record says that channels, heads or experts were removed on its way."""
-    lineage = record.get("lineage")
-    stages = lineage.get("stages") if isinstance(lineage, Mapping) else None
-    settings = [stage.get("settings") for stage in stages or () if isinstance(stage, Mapping)]
-    sections = [found.get("structure") for found in settings if isinstance(found, Mapping)]
-    return any(isinstance(section, Mapping) and section.get("remove") for section in sections)
+    try:
+        stages = record["lineage"]["stages"]
+        return any(stage["settings"].get("structure", {}).get("remove") for stage in stages)
+    except (KeyError, TypeError, AttributeError):  # none, or one that cannot be read, which its reader says
+        return False
 
 
 def has_zeros(record: Mapping[str, Any]) -> bool:
     """Return whether a model's record claims zeros; where it claims nothing, unless it is smaller."""
-    if not (claims := _operators(record).values()):
-        return not lost_structure(record)
-    return any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
-
-
-def _operators(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a record claims of operators, by name; nothing where it cannot be read."""
-    return operators if isinstance(operators := record.get("operators"), Mapping) else {}
+    claims = record.get("operators", {}).values()
+    return any(claim.get("sparsity") != "0%" for claim in claims) if claims else not lost_structure(record)
 
 
 def stack_of(name: str) -> str:
@@ -58,38 +56,34 @@ def stack_of(name: str) -> str:
 
 def stacked_experts(record: Mapping[str, Any]) -> str:
     """Name a tensor of all experts that a model's record claims to be pruned; empty where there is none."""
-    return next(filter(None, map(stack_of, _operators(record))), "")
+    return next(filter(None, map(stack_of, record.get("operators", {}))), "")
 
 
 def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """Take the tensors apart of which a record claims something for the matrices of single experts."""
-    for name, claim in _operators(record).items():
+    for name, claim in record.get("operators", {}).items():
         whole = stack_of(name)
-        known = whole in checkpoint and whole not in checkpoint.stacks and isinstance(claim, Mapping)
-        if known and len(checkpoint.entry(whole).shape) == 3:
+        if whole in checkpoint and whole not in checkpoint.stacks and len(checkpoint.entry(whole).shape) == 3:
             checkpoint.take_apart(Stack(whole, transposed=claim.get("transposed") is True))
 
 
-def recorded_claims(
-    record: Mapping[str, Any], entries: Container[str], origin: str | Path
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def recorded_claims(record: Mapping[str, Any], entries: Container[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Read a record's claims about operators, by stored names, which may leave out ``.weight``.
 
     Args:
-        record: what a pruning run wrote (``fistapruner.json``); one that is damaged is refused.
-        entries: names of the checkpoint's tensors; ``origin``: its folder.
+        record: of :func:`read_pruning_record`.
+        entries: names of the checkpoint's tensors.
 
     Returns:
         Claims by tensor name, and one sentence for every claim about a missing tensor.
     """
-    operators = record.get("operators", {})
-    if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
-        raise FistaPrunerError(f"{Path(origin) / PRUNING_RECORD} has no mapping of operators to claims")
-    found = {name: next((each for each in (name, f"{name}.weight") if each in entries), "") for name in operators}
-    claims = {found[name]: claim for name, claim in operators.items() if found[name]}
-    lost = {name: claim.get("sparsity") for name, claim in operators.items() if not found[name]}
-    said = "is claimed, but the checkpoint has no such operator"
-    return claims, [f"{name}: {sparsity} {said}" for name, sparsity in lost.items()]
+    claims, lost = {}, []
+    for name, claim in record.get("operators", {}).items():
+        if found := next((each for each in (name, f"{name}.weight") if each in entries), ""):
+            claims[found] = claim
+        else:
+            lost.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
+    return claims, lost
 
 
 def stores_inputs_first(claims: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]) -> bool:

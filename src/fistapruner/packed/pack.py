@@ -205,7 +205,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, progress: Tic
             f"{source.folder}: {stacked} is one tensor of all experts, and only matrices are packed: keep the folder "
             "as it is, or prune with --set ignore=[re:experts] to pack the other operators"
         )
-    listed, faults = recorded_claims(record, source, source.folder)
+    listed, faults = recorded_claims(record, source)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
     int8, plan, shrinkable, wide = values == "int8", dict[str, _Planned](), False, ""

@@ -318,7 +318,7 @@ def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     """Warn that removing channels of a pruned model does not keep its zeros; empty where it gets new ones."""
     folder = model.checkpoint.folder
     try:
-        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint, folder)
+        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint)
     except FistaPrunerError:  # the report says so: the lineage is in the same file
         return ()
     zeros = any(claim.get("sparsity", "0%") != "0%" for claim in claims.values())

@@ -18,7 +18,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import journaled_factors
 from ..models.operators import Operator, expert_modules, operators_by_weight
-from ..models.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims, stack_of
+from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
 from ..models.safetensors import SafetensorsFile
 from ..reporting.model_card import model_card
 from ..runs.lineage import add_stage, update_stage
@@ -130,7 +130,7 @@ def write(
     if widths := kept_widths(changed.earlier, _own_widths(context)):
         more["widths"] = widths
     # Of the tensors whose channels were reordered, by this run or an earlier one, those that are left.
-    permuted = (permuted_tensors(changed.earlier) | set(model.checkpoint.orders)).difference(changed.gone)
+    permuted = (set(changed.earlier.get("permuted", [])) | set(model.checkpoint.orders)).difference(changed.gone)
 
     def documents() -> dict[str, str]:
         return model_documents(model_card(report), checkpoint_record(report, claims, permuted=sorted(permuted), **more))
@@ -252,7 +252,7 @@ def _kept_claims(
     """
     model, kept = context.model, dict[str, dict[str, Any]]()
     try:
-        claims, _ = recorded_claims(changed.earlier, model.checkpoint, model.checkpoint.folder)
+        claims, _ = recorded_claims(changed.earlier, model.checkpoint)
     except FistaPrunerError:
         return {}
     operators = operators_by_weight(model.layers_name, model.layers, model.source) if claims else {}

@@ -23,13 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import FistaPrunerError
 
 OWN_GROUPS, MOUNTED_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-"""Control groups of this process (a container's, Slurm's), and where Linux mounts them."""
-
-MEMORY_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)$"),
-    2: ("memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"),
-}
-"""Files of a group's limit and use, and its cache in ``memory.stat``, by version of control groups."""
+"""Control groups (version 2) of this process, a container's or Slurm's, and where Linux mounts them."""
 
 WORKSPACES = {"_linalg_eigh": 2, "cholesky_inverse": 1}
 """Workspace of operations, in matrices of the operand's size, that PyTorch does not see."""
@@ -102,36 +96,23 @@ def available_cores() -> int:
 
 def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
     """Yield the cores, rounded up, of each control group of this process and each above it."""
-    for folder, version in control_groups("cpu", own, mounted):
-        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        with suppress(OSError, ValueError, ZeroDivisionError):  # not visible inside a container, or "max": no quota
-            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-            if quota > 0:  # -1 in version 1: no quota
-                yield math.ceil(quota / period)
+    for folder in control_groups(own, mounted):
+        with suppress(OSError, ValueError):  # not visible inside a container, or "max": no quota
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            yield math.ceil(quota / period)
 
 
-def control_groups(controller: str, own: Path, mounted: Path) -> Iterator[tuple[Path, int]]:
-    """Yield folder and version of each control group of this process, and of each above it.
-
-    Args:
-        controller: what the groups of version 1 control: ``memory`` or ``cpu``.
-        own: file with the control groups of this process.
-        mounted: folder where control groups are mounted.
-    """
+def control_groups(own: Path, mounted: Path) -> Iterator[Path]:
+    """Yield the folder of this process's control group, and of each above it."""
     for line in own.read_text().splitlines() if own.is_file() else ():  # only Linux has it
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
-            top = mounted / controller if controllers else mounted
-            group = top / path.lstrip("/")
-            for folder in (group, *group.parents):
-                yield folder, 1 if controllers else 2
-                if folder == top:
-                    break
+        if line.startswith("0::"):
+            group = mounted / line.removeprefix("0::").lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mounted))
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Measure the bytes that this process can still allocate, within control groups and ``ulimit``."""
-    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted), *left_by_limits()]))
+    """Measure the bytes that this process can still allocate, within its control groups."""
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted)]))
 
 
 def left_in_groups(own: Path, mounted: Path) -> Iterator[int]:
@@ -139,21 +120,11 @@ def left_in_groups(own: Path, mounted: Path) -> Iterator[int]:
 
     File cache counts as free, whether it was read once or more often: the kernel reclaims both.
     """
-    for folder, version in control_groups("memory", own, mounted):
-        limit, used, cache = MEMORY_FILES[version]
+    for folder in control_groups(own, mounted):
         with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            held = re.findall(cache, (folder / "memory.stat").read_text(), re.MULTILINE)
-            yield left + sum(map(int, held))
-
-
-def left_by_limits() -> Iterator[int]:
-    """Yield the bytes that the limits of this process (``ulimit``) still allow: address space, data."""
-    if sys.platform == "linux":  # macOS ignores them
-        held = psutil.Process().memory_info()
-        for limit, used in ((resource.RLIMIT_AS, held.vms), (resource.RLIMIT_DATA, held.data)):
-            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
-                yield most - used
+            left = int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+            cache = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield left + sum(map(int, cache))
 
 
 def free_device_memory(device: torch.device) -> int:
@@ -224,7 +195,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -234,19 +205,16 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in _tensors((out,)):
             storage = tensor.untyped_storage()
             if not tensor.is_meta and id(storage) not in self._known and id(storage) not in known:
-                self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
+                self._known.add(id(storage))
                 self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, id(storage), storage.nbytes()).atexit = False
         self.peak = max(self.peak, self.live + extra)
         return out
 
-    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
-        """Make the callback that subtracts a freed storage."""
-
-        def forget(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live -= size
-
-        return forget
+    def _forget(self, key: int, size: int) -> None:
+        """Subtract a freed storage."""
+        self._known.discard(key)
+        self.live -= size
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

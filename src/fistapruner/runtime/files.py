@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,11 +44,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         said = f"cannot write {path}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             said = f"the disk is full: cannot write {path}; free some space and run the same command again"
-        elif error.errno == errno.ELOOP:  # O_NOFOLLOW
-            said = f"cannot write {path}: a link is in its place: move the link away"
-        elif error.errno == errno.EISDIR:
-            place = os.fsdecode(error.filename2 or error.filename or path)  # of a rename, where it leads
-            said = f"cannot write {place}: a folder is in its place: move the folder away"
         raise FistaPrunerError(said) from error
 
 
@@ -87,6 +83,7 @@ def require_space(path: Path, nbytes: int) -> None:
 
 def open_file(path: Path) -> int:
     """Open a file for reading and writing, made if it is missing and no link; return its descriptor."""
+    refuse_link(path)
     with disk_errors(path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -260,29 +257,25 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically."""
-    with atomic_file(target) as descriptor, _reading(source) as file:
+    with atomic_file(target) as descriptor, _opened(source) as file:
         offset = 0
         while piece := file.read(2**24):
             write_all(descriptor, piece, offset)
             offset += len(piece)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> BufferedReader:
     """Open a file whose bytes are read."""
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        return open(path, "rb")
     except OSError as error:
         raise unreadable(path, error) from error
-    with file:
-        yield file
 
 
 def sampled_sha256(path: Path) -> str:
     """Hash a file's size, its first and last MiB and 256 evenly spaced blocks of 4 KiB with SHA-256.
 
-    It reads 3 MiB of a file of many GB. Weights that were trained further or converted differ in every block; a
-    change outside the blocks is not detected. Files up to 4 MiB are read whole.
+    Files up to 4 MiB are read whole; of a larger one a change outside the blocks is not detected.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -301,5 +294,5 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes with SHA-256, in hexadecimal."""
-    with _reading(path) as file:
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,11 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def windows_at_once(seqlen: int, device: torch.device) -> int:
-    """Return the default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
-
-    On a CPU activations of 2,048 tokens fit the caches (sums over twice as many take 40 % longer); a GPU needs the
-    larger batch to be busy.
-    """
+    """Return the default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU."""
     return max(1, (2048 if device.type == "cpu" else 16384) // seqlen)
 
 
@@ -53,8 +49,7 @@ def undisturbed() -> Iterator[None]:
 
     What a program may have set is torch's default dtype and device, the precision of fp32 products, autocast, inference
     mode, and that no gradients are recorded. All of it comes back at the end, and so does the state of the CPU's random
-    generator, from which transformers draws where it makes a model. Some of it, like the number of CPU threads and a
-    run's log, belongs to the process: a second thread waits until the block of the first has ended.
+    generator. A second thread waits until the block of the first has ended.
     """
     with _one_at_a_time:
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
@@ -79,9 +74,8 @@ _one_at_a_time = threading.RLock()
 def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
     """Let the backward pass of attention add in a fixed order inside the block.
 
-    On CUDA, the backward passes of the fused attention kernels add with atomics, so that two runs differ in their last
-    bits. Inside the block attention is two plain products and a softmax, which needs memory for (heads, seqlen, seqlen)
-    values of each window. Nothing changes on a CPU.
+    On CUDA, fused attention kernels add with atomics there. Inside the block attention is two plain products and a
+    softmax, which needs memory for (heads, seqlen, seqlen) values of each window. Nothing changes on a CPU.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
@@ -127,8 +121,7 @@ BUDGETS = Budgets()
 def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | None = None) -> torch.dtype:
     """Choose the default precision of passes: the stored one, or fp32 on a device without units for it.
 
-    On a CPU these are units for bf16 (``bf16_units`` None asks the device). A GPU has some for fp16; those before
-    Ampere have none for bf16, and would emulate it. (In fp16 hidden states of bf16 models may overflow.)
+    CPUs have none for fp16; ``bf16_units`` None asks the device for those of bf16.
     """
     if stored != torch.bfloat16:
         return stored if device.type != "cpu" else torch.float32

@@ -7,13 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, SEVERAL, Seed, Settings, word_or_number
+from .base import PATHS_TOO, SEVERAL, Seed, Settings
 from .train import TrainingRecipe
 
 PREFERENCE_LOSSES = ("dpo", *SEVERAL)
 """Losses that compare the answers of a pair; they have references."""
-
-Clip = Annotated[Literal["none"] | float, word_or_number("none", "none or a number is expected")]
 
 
 def _words(value: Any) -> Any:
@@ -52,16 +50,14 @@ class AlignRecipe(TrainingRecipe):
 
     loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "accuracy", "none"] = Field(
         "dpo",
-        description="dpo, multi-dpo, harmonic, geometric, sft, accuracy or none; dpo has one reference, multi-dpo is "
-        "the mean of dpo over references, harmonic and geometric are dpo with a mean of the references (MRPO), sft the "
-        "cross-entropy of the chosen answers, accuracy the share of pairs whose rejected answer is as likely, which "
-        "has no gradient, and none leaves the anchor alone: distillation.",
+        description="dpo, multi-dpo, harmonic, geometric, sft, accuracy or none; multi-dpo is the mean of dpo over "
+        "references, harmonic and geometric are dpo with a mean of the references (MRPO), sft the cross-entropy of the "
+        "chosen answers, accuracy the share of pairs whose rejected answer is as likely, and none distillation alone.",
     )
     references: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
         (),
         description="Reference models of the loss: pruned (the model that goes in), dense, and other models or runs "
-        "with the same tokenizer; two or more but for dpo. Without it pruned for dpo, and pruned,dense for the losses "
-        "of several references.",
+        "with the same tokenizer. Without it pruned for dpo, and pruned,dense for the losses of several references.",
     )
     weights: Literal["fixed", "held-out", "held-out-margin", "per-pair"] = Field(
         "fixed",
@@ -69,7 +65,7 @@ class AlignRecipe(TrainingRecipe):
         "accuracy on the held-out pairs), held-out-margin (to its mean margin there), or per-pair (to its margin on "
         "the very pair that the loss uses; MRPO).",
     )
-    clip: Clip = Field(
+    clip: Literal["none"] | float = Field(
         0.1,
         description="Trust region of harmonic: how far other references may be from the first, which is "
         "pruned where it is one, as a share of its log-probabilities, or none.",

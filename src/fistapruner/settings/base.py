@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     field_validator,
     model_validator,
@@ -53,34 +51,7 @@ No values are all but the default. A recipe that lacks a setting has no use for 
 """
 
 
-def _seed(value: int) -> int:
-    if not 0 <= value <= MAX_SEED:
-        raise ValueError(f"a whole number from 0 to {MAX_SEED} is expected")
-    return value
-
-
-Seed = Annotated[int, AfterValidator(_seed)]
-
-
-def word_or_number(word: str, expected: str, allowed: Callable[[float], bool] = lambda number: True) -> BeforeValidator:
-    """Read a setting that is one word, or a number, also as the text of a command line.
-
-    Args:
-        word: the word.
-        expected: the message on anything else.
-        allowed: whether a number is in range.
-    """
-
-    def read(value: Any) -> Any:
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = float(value)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-        if value != word and not (number and allowed(value)):
-            raise ValueError(expected)
-        return value
-
-    return BeforeValidator(read)
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 def absolute_file(text: str) -> str:

@@ -19,27 +19,15 @@ P = TypeVar("P", bound=Iterable[str])
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load YAML without aliases, dates and repeated keys, with the numbers of YAML 1.2.
+    """Load YAML without aliases and dates, with the numbers of YAML 1.2: ``2:4`` is no number in base 60.
 
-    A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60)
-    and ``010`` is 8; here the one stays a pattern, and the other is 10. A key stays a word, also where it is ``no``,
-    which is Norwegian.
+    A few nested aliases can expand to more text than fits in memory.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read: write the value out")
         return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
-            if key.tag == "tag:yaml.org,2002:bool":
-                key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
 
 
 _PlainLoader.yaml_implicit_resolvers = {

@@ -1,9 +1,4 @@
-"""Define the settings of a pruning run, for YAML recipes, the command line and the API.
-
-Everything that determines the pruned weights is in :class:`Recipe`. Its section ``execution`` (device, memory,
-executor) only says how the work is carried out and is not part of a run's identity. A setting is described once, on its
-field: the command line and the reference page are made from the fields.
-"""
+"""Define the settings of a pruning run; flags and the reference page are made from the fields."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from ..errors import FistaPrunerError
-from .base import PATHS_TOO, RunRecipe, Seed, Texts, word_or_number
+from .base import PATHS_TOO, RunRecipe, Seed, Texts
 from .execution import Execution
 from .parse import Patterns, check_patterns, parse_value
 from .structure import Structure
@@ -59,13 +54,9 @@ def read_method(value: Any) -> tuple[Method, ...]:
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
     for step in steps:
-        if not step.reference and METHODS.get(step.name) is not type(step):
-            raise ValueError(
-                f"method {step.name!r} of the class {type(step).__name__} is not known by its name to worker "
-                "processes and a resumed run: give FILE.py:CLASS; fp.solve takes the object as it is"
-            )
-        if type(step)(**step.settings()) != step:
-            raise ValueError(f"{step!r} has arguments that a recipe does not keep; fp.solve takes it as it is")
+        kind = type(step) if step.reference else METHODS.get(step.name)
+        if kind is not type(step) or kind(**step.settings()) != step:
+            raise ValueError(f"{step!r} is more than a recipe keeps; give FILE.py:CLASS, or take fp.solve")
     return steps
 
 
@@ -108,15 +99,7 @@ MethodSetting = Annotated[Any, BeforeValidator(read_method), PlainSerializer(_du
 AllocationSetting = Annotated[
     Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
 ]
-DenseTarget = Annotated[
-    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
-    word_or_number(
-        "auto",
-        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
-        lambda share: 0 <= share <= 1,
-    ),
-    BeforeValidator(_dense_target),
-]
+DenseTarget = Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_dense_target)]
 
 
 class Calibration(Texts):
@@ -124,10 +107,9 @@ class Calibration(Texts):
 
     source: Annotated[str | dict[str, str], PATHS_TOO] = Field(
         "self",
-        description="Text: self, python, c4, wikitext2, ptb or a file; self is text that the model "
-        "generates, python the language reference that comes with every Python, the next three need the extra "
-        "'data', and a file is .txt, .raw, .md, .jsonl or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, "
-        "give the same number of windows each.",
+        description="Text: self, python, c4, wikitext2, ptb or a file; self is text that the model generates, python "
+        "the language reference of Python, the next three need the extra 'data', and a file is .txt, .raw, .md, .jsonl "
+        "or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, give the same number of windows each.",
     )
     samples: int = Field(
         128,
@@ -167,9 +149,8 @@ class Recipe(RunRecipe):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity of the pruned operators: 50%, 0.5, 2:4 or 4:8. A share is that of all of "
-        "them together, which allocation distributes; a pattern is that of each, unless allocation gives them others. "
-        "Where allocation is a mapping of names, it is that of each operator that no name matches. With "
+        description="Sparsity of the pruned operators: 50%, 0.5, 2:4 or 4:8. A share is that of all together, which "
+        "allocation distributes; a pattern, or any beside an allocation by names, is that of each operator. With "
         "structure the default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
@@ -179,31 +160,27 @@ class Recipe(RunRecipe):
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
         "auto",
-        description="Hidden states that feed a decoder layer: the dense model's (layers are then independent "
-        "and can be pruned in parallel; FISTAPruner), or those of the layers pruned before it "
-        "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
-        "are pruned in parallel.",
+        description="Hidden states that feed a decoder layer: the dense model's (layers can then be pruned in "
+        "parallel; FISTAPruner), or those of the layers pruned before it (SparseGPT, ALPS). auto is the paper's "
+        "choice, pruned for proximal, and dense if layers are pruned in parallel.",
     )
     dense_target: DenseTarget = Field(
         "auto",
-        description="Output that an operator reproduces: dense (the dense model's; FISTAPruner), pruned (the "
-        "dense weight's on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense "
-        "one from 0 to 1. auto is the paper's choice, 0.5 for proximal, and dense if propagate is "
-        "not the method's own.",
+        description="Output that an operator reproduces: dense (the dense model's; FISTAPruner), pruned (the dense "
+        "weight's on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one from 0 to 1. auto is "
+        "the paper's choice, 0.5 for proximal, and dense if propagate is not the method's own.",
     )
     residual: Literal["auto", "none", "correct"] = Field(
         "auto",
         description="Residual-drift correction: operators whose output is added to the hidden states (o_proj, "
-        "down_proj) also correct, with the share dense_target, the drift of these hidden states "
-        "from the dense model's. Needs error_correction and a dense_target above 0. auto is "
+        "down_proj) also correct the drift of these, with the share dense_target, which must be above 0. auto is "
         "correct for proximal and none for published methods.",
     )
     error_correction: bool = Field(
         True,
-        description="Intra-layer error correction (FISTAPruner): recompute each operator's inputs with the "
-        "operators before it in the decoder layer already pruned. Without it the Grams of all "
-        "operators come from one pass of the unpruned layer, as in the programs of Wanda, "
-        "SparseGPT, ALPS and ADMM.",
+        description="Intra-layer error correction (FISTAPruner): recompute each operator's inputs with the operators "
+        "before it in the decoder layer already pruned. Without it all Grams come from one pass of the unpruned layer, "
+        "as in the programs of Wanda, SparseGPT, ALPS and ADMM.",
     )
     targets: Patterns = Field(
         (),
@@ -213,11 +190,10 @@ class Recipe(RunRecipe):
     ignore: Patterns = Field((), description="Operators to leave dense, by names as targets takes them.")
     allocation: AllocationSetting = Field(
         "auto",
-        description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
-        "error), workload:FILE (by measured error in several tasks; their weights, and the losses that earlier "
-        "deployments tolerated, are in the file), or a mapping of names, as targets takes them, to sparsities: of "
-        "several that match the last counts. "
-        "auto is error for proximal, and uniform for published methods and for n:m patterns.",
+        description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured error), "
+        "workload:FILE (by measured error in the tasks of a file), or a mapping of names, as targets takes them, to "
+        "sparsities: of several that match the last counts. auto is error for proximal, and uniform for published "
+        "methods and for n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
         "auto",
@@ -227,9 +203,8 @@ class Recipe(RunRecipe):
     )
     permutation: Literal["auto", "none", "channels"] = Field(
         "auto",
-        description="Hidden channels of MLPs and attention heads under an n:m pattern: none (as they are), or "
-        "channels (those of MLPs reordered, those of heads rotated, so that the pattern loses least; the model "
-        "computes the same, but adapters of the dense model no longer fit). auto is channels for proximal and none "
+        description="Under an n:m pattern: none, or channels (those of MLPs reordered, those of heads rotated, so that "
+        "the pattern loses least; adapters of the dense model no longer fit). auto is channels for proximal and none "
         "for published methods.",
     )
     structure: Structure = Field(Structure(), description="What is removed whole.")

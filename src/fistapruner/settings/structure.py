@@ -94,18 +94,16 @@ class Structure(Settings):
 
     remove: Annotated[Remove | None, BeforeValidator(lambda value: None if value in ("none", {}) else value)] = Field(
         None,
-        description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%; in a recipe also a mapping. share is of "
-        "the decoder layers' parameters, as MLP channels, of experts too; mlp a share of the MLP channels, or their "
-        "number to keep; heads a number of key/value groups of every attention; experts a share or number of the "
-        "experts of every mixture. The result is an ordinary smaller model; without it nothing is removed.",
+        description="Amount to remove: 25%, or mlp=20%,heads=1,experts=25%. A share alone is of the decoder layers' "
+        "parameters, as MLP channels; mlp a share of the MLP channels, or their number to keep; heads a number of "
+        "key/value groups of every attention; experts a share or number of the experts of every mixture.",
     )
     method: StructureMethod = Field(
         "auto",
-        description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
-        "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), the norm of its weights "
-        "(magnitude), GOA's criteria for heads and channels after its reconstruction (goa), or probabilities to stay "
-        "that are learned from forward passes of the whole model (bypass, takes long). auto is energy where at "
-        "most 20% of the channels or parameters go and no heads, and obs otherwise.",
+        description="Choice of the channels: greedy elimination by what the others cannot make up for (obs), energy of "
+        "the channel's outputs (energy), its fluctuation (flap), the norm of its weights (magnitude), GOA's criteria "
+        "(goa), or probabilities to stay that are learned from forward passes (bypass, takes long). auto is energy "
+        "where at most 20% of the channels or parameters go and no heads, and obs otherwise.",
     )
     compensate: Literal["auto", "refit", "bias", "none"] = Field(
         "auto",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, RunRecipe, Seed, Texts, word_or_number
+from .base import PATHS_TOO, RunRecipe, Seed, Texts
 from .execution import TrainExecution
 from .parse import Patterns, parse_count
 
@@ -16,11 +16,6 @@ from .parse import Patterns, parse_count
 def _count(value: Any) -> Any:
     return parse_count(value) if isinstance(value, str) else value
 
-
-Rate = Annotated[
-    Literal["auto"] | float,
-    word_or_number("auto", "auto or a number above 0 is expected", lambda rate: rate > 0),
-]
 
 Count = Annotated[int, BeforeValidator(_count), Field(lt=2**63)]
 
@@ -41,8 +36,8 @@ class TrainingRecipe(RunRecipe):
     parameters: Literal["lora", "full", "spp", "norms"] = Field(
         "lora",
         description="What is trained: lora, full, spp or norms. lora is a masked low-rank change, merged exactly, full "
-        "every surviving weight, spp rescales surviving weights, norms is norms and biases only, which the others "
-        "train, too, but spp as published. mezo and subzero train all weights.",
+        "every surviving weight, spp rescales surviving weights, norms is norms and biases only. mezo and subzero "
+        "train all weights.",
     )
     optimizer: Literal["adamw", "mezo", "subzero"] = Field(
         "adamw",
@@ -51,7 +46,7 @@ class TrainingRecipe(RunRecipe):
     )
     rank: int = Field(16, ge=1, description="Rank of lora and spp.")
     scale: float = Field(2.0, gt=0.0, description="Factor of the low-rank change of lora and spp.")
-    lr: Rate = Field(
+    lr: Literal["auto"] | Annotated[float, Field(gt=0.0)] = Field(
         "auto",
         description="First learning rate; absolute for lora, spp, mezo and subzero, a share of a tensor's root mean "
         "square for full and norms. auto was measured for lora and full (docs/results.md), is the size of the first "

@@ -98,7 +98,7 @@ def load_writer(
         flag: that asks for the text, for the message.
     """
     nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, samples, seqlen)
-    require_whole(nbytes, model.device, limit, flag)
+    require_whole(nbytes, model.device, limit, f"{flag} self", f"take {flag} c4, python or a file")
     return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
 
 

@@ -170,7 +170,6 @@ def tokenise_pairs(
         "source": str(data.pairs),
         "how": "preference pairs, split by the hash of the prompt",
         "documents": len(pairs),
-        "duplicates": 0,
         "too_long": too_long + alike,
         "samples": len(tokens),
     }

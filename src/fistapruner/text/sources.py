@@ -86,37 +86,32 @@ DATA_SETS = {
 }
 
 
-def check_source(source: str, purpose: str = "calibration") -> None:
-    """Refuse a source that is neither a known name nor a text file; ``purpose`` says what the text is for."""
-    path_text(f"{purpose} source", source, A_TEXT)
-    known, path = (SELF, PYTHON, *DATA_SETS), Path(source)
-    if source not in (*known, PYTHON_EVAL) and not (path.is_file() and path.suffix.lower() in SUFFIXES):
+SOURCES = (SELF, PYTHON, *DATA_SETS)
+"""Names of texts that are no files."""
+
+
+def check_source(source: str, purpose: str = "calibration source", known: Sequence[str] = SOURCES) -> None:
+    """Refuse a text that is neither a known name nor a text file, or whose reader is not installed.
+
+    Args:
+        source: the text; ``purpose``: what it is, for messages.
+        known: names that are taken.
+    """
+    path_text(purpose, source, A_TEXT)
+    path = Path(source)
+    if source not in known and not (path.is_file() and path.suffix.lower() in SUFFIXES):
         kinds = "/".join(SUFFIXES)
         raise FistaPrunerError(
-            f"{purpose} source {source!r} is neither a {kinds} file that exists nor one of: {', '.join(known)}"
+            f"{purpose} {source!r} is neither a {kinds} file that exists nor one of: {', '.join(known)}"
         )
-    check_extra(source)
-
-
-def check_extra(source: str | Path) -> None:
-    """Refuse a known data set, or a Parquet file, whose reader is not installed."""
-    parquet = Path(source).suffix.lower() == ".parquet"
-    if parquet or (source in DATA_SETS and not Path(source).is_file()):
-        package, purpose = ("pyarrow", f"reading {source}") if parquet else ("datasets", f"the data set {source!r}")
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "data", purpose)
-
-
-def check_file(path: Path) -> None:
-    """Refuse a text file that does not exist or is of no known kind."""
-    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        reason = f"is none of {', '.join(SUFFIXES)}" if path.is_file() else "does not exist"
-        raise FistaPrunerError(f"text file {str(path)!r} {reason}")
+    parquet = path.suffix.lower() == ".parquet"
+    if (parquet or source in DATA_SETS) and find_spec(package := "pyarrow" if parquet else "datasets") is None:
+        raise MissingExtraError(package, "data", f"reading {source}")
 
 
 def source_documents(source: str, purpose: str = "calibration") -> list[str]:
-    """Read the documents of a source that are not blank; arguments as for :func:`check_source`."""
-    check_source(source, purpose)
+    """Read the documents of a source that are not blank; ``purpose`` says what the text is for."""
+    check_source(source, f"{purpose} source")
     if Path(source).is_file():
         documents = read_documents(source)
     else:
@@ -135,7 +130,6 @@ def not_blank(documents: Sequence[Text], source: str, purpose: str) -> list[Text
 def load_documents(name: str, *, held_out: bool = False) -> list[str]:
     """Load the documents of a data set through ``datasets``; ``held_out``: those for evaluation."""
     split = DATA_SETS[name].held_out if held_out else DATA_SETS[name].training
-    check_extra(name)
     try:
         import datasets
 
@@ -155,10 +149,9 @@ def read_documents(path: str | Path) -> list[str]:
     """Read the documents of a local file: a whole text, or the field ``text`` of lines or rows.
 
     Raises:
-        FistaPrunerError: no such file, another suffix, not UTF-8, a broken line (its number is given), no ``text``.
+        FistaPrunerError: it cannot be read, is not UTF-8, has a broken line (its number is given), or no ``text``.
     """
     path = Path(path)
-    check_file(path)
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -207,18 +200,14 @@ def field_of(record: dict[str, Any], field: str, where: str, kind: type = str) -
 
 def _parquet_documents(path: Path) -> list[str]:
     """Read the texts of a Parquet file."""
-    check_extra(path)
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             texts = file.read(columns=["text"]).column("text").to_pylist()
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("its rows are not all text")
-    except (pyarrow.ArrowException, KeyError, TypeError) as error:
+    except (ArrowException, KeyError) as error:
         raise FistaPrunerError(f"{path} is no whole Parquet file with a column 'text': {one_line(error)}") from None
-    return list(texts)
+    return [field_of({"text": text}, "text", f"{path}, row {number}") for number, text in enumerate(texts, 1)]
 
 
 def python_documents(part: str = PYTHON) -> list[str]:

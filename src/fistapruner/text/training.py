@@ -96,8 +96,8 @@ class Packed:
 def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None, source: str) -> Packed:
     """Join documents by EOS and cut windows that do not overlap; what does not fill a window is dropped.
 
-    Documents that end with EOS by themselves get no second one, nor windows that begin with BOS. No more documents are
-    tokenised than the ``windows`` need, None are all. Where the tokenizer begins a text with BOS, every window does.
+    No more documents are tokenised than the ``windows`` need, None are all. Where the tokenizer begins a text with BOS,
+    every window does. Neither EOS nor BOS stands twice.
     """
     bos, end_of_text = bos_of(tokenizer), tokenizer.eos_token_id
     joint = token_ids(JOINT, tokenizer, source) if end_of_text is None else [end_of_text]
@@ -202,7 +202,6 @@ class _Source:
             "source": self.source,
             "how": self.how,
             "documents": self.read,
-            "duplicates": len(self.documents) - len(set(self.documents)),
             "too_long": trained.too_long + held_out.too_long,
             "samples": len(trained.windows) + len(held_out.windows),
             **{

@@ -1,8 +1,7 @@
 """Draw windows of calibration tokens.
 
 As in the papers' loader, documents longer than a window are drawn at random, and one random window of each is taken.
-Where too few documents are that long, windows are drawn from the concatenation of all, or of as many as suffice. A
-large document is cut first, and its passages count as documents. The facts returned with the tokens record the choice.
+Where too few documents are that long, windows are drawn from the concatenation of all, or of as many as suffice.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ def calibration_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows.
 
-    Where the tokenizer by its own settings begins a text with BOS, every window begins with BOS. Tasks give the same
-    number of windows each, to within one, and their windows alternate.
+    Where the tokenizer begins a text with BOS, every window begins with it. Tasks give the same number of windows each,
+    to within one.
 
     Args:
         settings, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
@@ -123,8 +122,7 @@ def draw_from_documents(
 ) -> tuple[Tensor, str]:
     """Draw ``samples`` windows of ``seqlen`` tokens; return them and a sentence on the method.
 
-    A document of more than :data:`LARGE` characters is cut into passages at blank lines (at line ends or spaces where
-    there are none), which are drawn like documents. A window of ``seqlen`` tokens includes BOS.
+    A document of more than :data:`LARGE` characters is cut into passages, which are drawn like documents.
     """
     random, bos = Random(seed), bos_of(tokenizer)
     room = seqlen - len(bos)

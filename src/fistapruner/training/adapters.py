@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, one_line, out_path, path_text
 from ..models.build import load_whole
 from ..models.low_rank import refuse_low_rank
-from ..models.record import permuted_tensors, read_pruning_record
+from ..models.record import read_pruning_record
 from ..models.source import Permissions
 from ..models.write import require_new
 from ..pruning.result import check_zeros, model_documents
@@ -109,7 +109,7 @@ def merge_adapter(
         raise FistaPrunerError(f"{adapter} is not the folder of a PEFT adapter: it has no {config_file.name}")
     config = read_json(config_file)
     base = Path(str(config.get("base_model_name_or_path") or ""))
-    if (permuted := permuted_tensors(record)) and base.absolute() != source.folder.absolute():
+    if (permuted := set(record.get("permuted", []))) and base.absolute() != source.folder.absolute():
         raise FistaPrunerError(
             f"the channels of {next(iter(permuted))} were reordered by pruning, so an adapter of {base} does not fit: "
             f"train it on {source.folder}"

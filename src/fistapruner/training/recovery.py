@@ -86,7 +86,7 @@ class Recovery:
     def check_text(recipe: Any) -> None:
         """Refuse text that is not there or has a fault, before a model is opened."""
         for text in recipe.data.texts:
-            check_source(text, PURPOSE)
+            check_source(text, f"{PURPOSE} source")
 
     @staticmethod
     def resolved(request: Request) -> Any:
