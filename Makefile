@@ -21,7 +21,7 @@ CHECK := import sys, venv; sys.exit(sys.version_info < (3, 11) and "Python 3.11+
 
 OTHERS := 'importorskip\("(lm_eval|peft|ray|trl|xllamacpp)"'
 .venv/others: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,ray,bench]' trl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,gguf,ray]' trl xllamacpp
 	touch $@
 
 .venv/docs: .venv/installed

@@ -8,7 +8,7 @@
 Every quantised file, every run's checkpoint, in bf16 and packed with int8 values, and with ``--openvino`` the dense
 model with int8 and with int4 weights, is one row. Quality is that of the weights: all rows are evaluated by
 ``fistapruner evaluate`` against the dense model, on the same windows, the quantised ones with their weights expanded to
-bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF files (the extra ``bench``),
+bf16. Speed is that of one sequence, tokens written a second: ``llama-bench`` for GGUF files,
 ``fistapruner bench`` for packed models, OpenVINO (``pip install openvino``) called from torch. A row that is in
 ``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both. Every row keeps the settings
 that it was measured with; others are not measured beside them.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,7 @@ def speeds(rows: list[dict[str, Any]], settings: dict[str, Any], arguments: argp
 
     files = [row for row in rows if row["kind"] == "gguf" and "tokens_per_second" not in row]
     if files:
-        from llama_cpp import compare  # beside this file; imports xllamacpp
+        from llama_cpp import compare  # beside this file
 
         found = compare([Path(row["path"]) for row in files], arguments.threads, arguments.rounds)
         for row, (_, written) in zip(files, found, strict=True):
@@ -244,11 +245,10 @@ def measure(rows: dict[tuple[str, str, int | None], dict[str, Any]], arguments: 
     for row in rows_of(arguments):
         rows.setdefault(key_of(row), row)
     lacking = {(what, row["kind"]) for what in wanted for row in rows.values() if FIGURES[what] not in row}
-    packages = [("xllamacpp", ("speed", "gguf"), "'.[bench]'")]
-    packages += [("openvino", (what, "openvino"), "openvino") for what in wanted]
-    for package, work, brought_by in packages:
-        if work in lacking and find_spec(package) is None:
-            raise SystemExit(f"the package {package} is not installed: pip install {brought_by}")
+    if ("speed", "gguf") in lacking and shutil.which("llama-bench") is None:
+        raise SystemExit("llama-bench is not on the PATH: it comes with llama.cpp")
+    if any((what, "openvino") in lacking for what in wanted) and find_spec("openvino") is None:
+        raise SystemExit("the package openvino is not installed: pip install openvino")
     dense = rows[str(arguments.dense.resolve()), "gguf", None]
     for row in rows.values() if "quality" in wanted else ():
         if row is not dense and "kl" not in row:

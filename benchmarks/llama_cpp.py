@@ -1,30 +1,35 @@
-"""How fast is llama.cpp on a smaller or quantised model, against the dense one? Needs the extra ``bench``.
+"""How fast is llama.cpp on a smaller or quantised model, against the dense one?
 
     fistapruner export runs/small small.gguf
     python benchmarks/llama_cpp.py dense.gguf small.gguf small-q8.gguf --threads 2
 
-Every file is loaded once, in a process of its own. In every round each model in turn reads the same random prompt anew
-and writes tokens, one sequence at a time; the times are llama.cpp's own. The table has medians over rounds and ratios
-to the first file.
+``llama-bench``, llama.cpp's own program, measures one file after the other, one sequence at a time. The table has means
+over rounds and ratios to the first file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import subprocess
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-
-from fistapruner.measure import speed as variants
 
 
 def compare(
     files: Sequence[Path], threads: int, rounds: int, read: int = 400, write: int = 64
 ) -> list[tuple[float, float]]:
-    """Return the tokens per second of reading and of writing of each file: medians over interleaved rounds."""
-    models = [variants.Variant(str(path), path) for path in files]
-    speeds = variants.compare(models, prompt=read, tokens=write, runs=rounds, threads=threads)
-    return [(read / speed.first_token, speed.tokens_per_second) for speed in speeds]
+    """Return the tokens per second of reading and of writing of each file: means over rounds."""
+    found = []
+    for path in files:
+        numbers = {"-t": threads, "-r": rounds, "-p": read, "-n": write}
+        options = [str(part) for pair in numbers.items() for part in pair]
+        command = ["llama-bench", "-m", str(path), *options, "-o", "json"]
+        rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rates = {row["n_gen"] > 0: row["avg_ts"] for row in rows}
+        found.append((rates[False], rates[True]))
+    return found
 
 
 def main() -> None:
@@ -37,8 +42,8 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=400, help="tokens of a prompt")
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
-    if find_spec("xllamacpp") is None:
-        parser.error("the package xllamacpp is not installed: pip install '.[bench]'")
+    if shutil.which("llama-bench") is None:
+        parser.error("llama-bench is not on the PATH: it comes with llama.cpp")
     for path in arguments.files:
         if not path.is_file():
             parser.error(f"{path}: no such file")

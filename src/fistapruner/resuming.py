@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import FistaPrunerError, out_path
 from .models.source import Permissions
 from .pruning.run import resume_pruning
-from .runs.directory import DIRECTORIES, PruneDirectory, RunDirectory
+from .runs.directory import PruneDirectory, RunDirectory
 from .runs.log import Listener
 from .runs.records import Report
 from .runtime.machine import launched
@@ -41,9 +41,7 @@ def resume(
     if record is None:
         if not out.exists():
             raise FistaPrunerError(f"{out} does not exist")
-        kinds: list[type[RunDirectory]] = [PruneDirectory, *DIRECTORIES.values()]
-        others = all(kind(out).foreign() for kind in kinds)
-        again = "give a command with a new --out" if others else "give its command again"
+        again = "give its command again, and if that is refused with a new --out"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
     if record.kind == "recover":
         return resume_training(RECOVER, out, permissions, listener)

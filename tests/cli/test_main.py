@@ -259,7 +259,6 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.Cap
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("evaluate x --data=", "data '' is neither a .txt"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
-        ("evaluate x --tasks-dir=", "has no file *.jsonl; its tasks are: none"),
         ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )

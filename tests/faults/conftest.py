@@ -144,12 +144,12 @@ def digest(folder: Path) -> str:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of the record without the command, date and duration of each stage."""
+    """The bytes of a file; of the record without the command and date of each stage."""
     if path.name != "fistapruner.json":
         return path.read_bytes()
     record = json.loads(path.read_text())
     for stage in record["lineage"]["stages"]:
-        del stage["command"], stage["finished"], stage["figures"]["seconds"]
+        del stage["command"], stage["finished"]
     return json.dumps(record).encode()
 
 

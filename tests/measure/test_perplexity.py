@@ -18,7 +18,6 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.measure import streaming
-from fistapruner.measure.data import Windows
 from fistapruner.measure.tasks import Tasks, task_result
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -155,7 +154,7 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"limit": 5}, "limit 5 has no effect, because no task is given: leave it out"),
         ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16 has no effect, because no text to cut is given"),
         ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
-        ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere has no file \*\.jsonl; its tasks are: none"),
+        ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere has no \.yaml file"),
     ],
 )
 def test_bad_settings_are_named_before_any_work(
@@ -166,18 +165,6 @@ def test_bad_settings_are_named_before_any_work(
     with pytest.raises(fp.FistaPrunerError, match=message):
         evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
     assert not passes
-
-
-@pytest.mark.parametrize("setting", [{"seqlen": 8}, {"windows": 1}])
-def test_settings_of_windows_are_refused_for_windows_that_are_cut(tmp_path: Path, setting: dict[str, Any]) -> None:
-    cut = Windows(torch.ones(2, 16, dtype=torch.int64), "text", "file", "none")
-    with pytest.raises(fp.FistaPrunerError, match="no text to cut is given: leave it out"):
-        evaluate(tiny.save("llama", tmp_path / "model"), cut, **setting)
-
-
-def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(fp.FistaPrunerError, match="limit 5 has no effect"):
-        fp.evaluate(tmp_path / "no run", "python", limit=5)
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:

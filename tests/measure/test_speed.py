@@ -143,7 +143,7 @@ def test_the_command_prints_a_table_or_json(
     assert main([*command, "--json"]) == 0
     assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
     numbers = {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1}
-    assert asked == 2 * [(str(tmp_path), {**numbers, "gguf": [], "allow_pickle": False})]
+    assert asked == 2 * [(str(tmp_path), {**numbers, "allow_pickle": False})]
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,27 +23,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 import fistapruner as fp
 import tiny
 from fistapruner.measure.logits import mcnemar
-from fistapruner.measure.tasks import Tasks, TaskSettings, evaluate_tasks, find_tasks, local_task, task_result
+from fistapruner.measure.tasks import Tasks, TaskSettings, evaluate_tasks, find_tasks, task_result
 from fistapruner.models import build
 from fistapruner.models.build import whole_bytes
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.reporting.measured import task_facts
 
 CHOICES = [
-    {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
+    {"query": f"What comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
     for i in range(12)
 ]
-GREEDY = [{"context": f"one two three {i}", "continuation": "four"} for i in range(6)]
-PARTIAL = [
-    {"context_options": [f"a cat {i}", f"a dog {i}"], "continuation": "ran away.", "gold": i % 2} for i in range(8)
-]
 
 
-def write(folder: Path, name: str, items: list[Any]) -> Path:
+def write(folder: Path, name: str, items: list[Any], **task: Any) -> None:
+    """Write a task as lm-eval defines tasks, and its items beside it."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
+    items_file = folder / f"{name}.jsonl"
+    items_file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    where = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(items_file)}}, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **where, **task}))
 
 
 @settings(deadline=None)  # the first call imports scipy.stats
@@ -176,7 +175,7 @@ def test_weights_are_checked_before_tasks(tmp_path: Path, asked: list[Any]) -> N
     assert not asked
     fp.evaluate(dense, against=legacy, tasks="boolq", allow_pickle=True)
     fp.evaluate(dense, "python", windows=1, seqlen=16, tasks_dir=tmp_path, memory_limit="8GiB")
-    assert asked == [(["boolq"], dense), (["all"], dense)]  # one task is not a list of letters
+    assert asked == [(["boolq"], dense), ([], dense)]  # one task is not a list of letters
 
 
 def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
@@ -194,73 +193,41 @@ def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
     assert asked == [(["piqa"], small)]
 
 
-def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
-    task = local_task(write(tmp_path, "choices", CHOICES))
-    assert task["output_type"] == "multiple_choice"
-    for written in ("", "\nAnswer:", "\nAnswer: "):
-        assert task["doc_to_text"]({"query": CHOICES[3]["query"] + written}) == f"{CHOICES[3]['query']}\nAnswer:"
-    assert task["doc_to_text"]({"query": " A sentence that goes on "}) == "A sentence that goes on"
-    assert [metric["metric"] for metric in task["metric_list"]] == ["acc", "acc_norm"]
-    for context in ("one two", "one two  "):
-        for continuation in ("three\n", " three\n"):  # one space stands between them
-            item: dict[str, Any] = {"context": context, "continuation": continuation}
-            greedy = local_task(write(tmp_path, "greedy", [item]))
-            assert greedy["doc_to_text"](item) + greedy["doc_to_target"](item) == "one two three\n"
-            item = {"context_options": [context, context], "continuation": continuation, "gold": 1}
-            partial = local_task(write(tmp_path, "partial", [item]))  # lm-eval writes its own space before the target
-            assert f"{partial['doc_to_choice'](item)[1]} {partial['doc_to_target'](item)}" == "one two three\n"
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (
-            "",
-            "odd.jsonl has the fields none: a task has query, choices, gold; or context_options, continuation, gold;",
-        ),
-        ('{"question": "?"}', "odd.jsonl, line 1 has the fields question: a task has"),
-        ("[]", "line 1 has the fields none: a task has"),
-        ("{", "line 1 is not JSON"),
-    ],
-)
-def test_files_that_are_no_tasks_are_named(tmp_path: Path, lines: str, message: str) -> None:
-    (tmp_path / "odd.jsonl").write_text(lines)
-    with pytest.raises(fp.FistaPrunerError, match=message):
-        find_tasks(["all"], tmp_path)
-    with pytest.raises(fp.FistaPrunerError, match=r"has no file absent\.jsonl; its tasks are: odd"):
-        find_tasks(["all", "absent"], tmp_path)
-
-
 @pytest.mark.slow
 def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name, items in (("choices", CHOICES), ("greedy", GREEDY), ("partial", PARTIAL)):
-        write(tmp_path / "tasks", name, items)
+    write(
+        tmp_path / "tasks",
+        "choices",
+        CHOICES,
+        output_type="multiple_choice",
+        doc_to_text="{{query}}",
+        doc_to_choice="choices",
+        doc_to_target="gold",
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )
+    greedy = [{"context": f"one two three {i}", "continuation": "four"} for i in range(6)]
+    asked = {"doc_to_text": "{{context}}", "doc_to_target": "{{continuation}}", "metric_list": [{"metric": "acc"}]}
+    write(tmp_path / "tasks", "greedy", greedy, output_type="loglikelihood", **asked)
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", seed=5)
-    result = fp.evaluate(other, tasks=["all"], tasks_dir=tmp_path / "tasks", against=dense)
+    result = fp.evaluate(other, tasks_dir=tmp_path / "tasks", against=dense)
     scores = {(task.task, task.metric): task for task in result.tasks}
-    assert set(scores) == {("choices", "acc"), ("choices", "acc_norm"), ("greedy", "acc"), ("partial", "acc")}
+    assert set(scores) == {("choices", "acc"), ("choices", "acc_norm"), ("greedy", "acc")}
     assert scores["choices", "acc"].items == scores["choices", "acc"].available == len(CHOICES)
+    assert scores["choices", "acc"].source == "tasks"
     assert scores["greedy", "acc"].value == 0.0
+    options = [([(item["query"], f" {choice}") for choice in item["choices"]], item["gold"]) for item in CHOICES]
     for folder, ours in ((other, "value"), (dense, "reference")):
-        asked = [
-            ([(item["query"] + "\nAnswer:", f" {choice}") for choice in item["choices"]], item["gold"])
-            for item in CHOICES
-        ]
-        assert getattr(scores["choices", "acc"], ours) == pytest.approx(share_right(folder, asked))
-        asked = [
-            ([(context, f" {item['continuation']}") for context in item["context_options"]], item["gold"])
-            for item in PARTIAL
-        ]
-        assert getattr(scores["partial", "acc"], ours) == pytest.approx(share_right(folder, asked))
+        assert getattr(scores["choices", "acc"], ours) == pytest.approx(share_right(folder, options))
 
     limited = evaluate_tasks(other, find_tasks(["choices"], tmp_path / "tasks"), TaskSettings(limit=5))
     assert {task.items for task in limited} == {5}
     assert limited[0].reference is None
-    with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not known to lm-eval"):
-        find_tasks(["absent"])
+    for where, said in ((None, "lm-eval"), (tmp_path / "tasks", "--tasks-dir .*tasks")):
+        with pytest.raises(fp.FistaPrunerError, match=f"task 'absent' is not known to {said}"):
+            find_tasks(["absent"], where)
 
 
 def share_right(folder: Path, asked: list[tuple[list[tuple[str, str]], int]]) -> float:

@@ -19,7 +19,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.measure.run import add_scores, put_in_place, same_comparison
+from fistapruner.measure.run import put_in_place
 from fistapruner.measure.speed import record
 from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.measured import quality_facts
@@ -151,13 +151,11 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
     assert load_run(recovered).recovery.before == [before, known]  # type: ignore[union-attr]
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=2))
     assert len(load_run(recovered).recovery.before) == 3  # type: ignore[union-attr]
-    # The input's run was measured against another model, or was made again since, with another result.
-    fp.evaluate(run, text, seqlen=16, windows=5, against=run / "model")
-    content = json.loads((run / "report.json").read_text())
+    # The input's run was made again since, with another result.
     fp.evaluate(run, text, seqlen=16, windows=6)
+    content = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps({**content, "fingerprint": "another"}))
-    for windows in (5, 6):
-        assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=windows))
+    assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=6))
 
 
 def test_scores_before_recovery_are_those_that_the_input_s_run_has(
@@ -180,18 +178,12 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
 
 
 @pytest.mark.parametrize("name", ["run", "recovered"])
-def test_figures_against_another_model_are_not_kept(made: Path, tmp_path: Path, name: str) -> None:
-    """The dense model is known by its files, wherever they are."""
+def test_a_run_is_compared_with_its_own_dense_model_only(made: Path, tmp_path: Path, name: str) -> None:
+    """That model is known by its files, wherever they are."""
     text, folder = str(made / "text.txt"), Path(shutil.copytree(made / name, tmp_path / name))
     again = Path(shutil.copytree(made / "dense", tmp_path / "again"))
-    own = fp.evaluate(folder, text, seqlen=16, windows=3)
-    kept, said = load_run(folder), tiny.Said()
-    assert own in kept.evaluations
-    found = fp.evaluate(folder, text, seqlen=16, windows=3, against=made / "run" / "model", listener=said)
-    assert found.reference is not None
-    assert found.reference.perplexity != own.reference.perplexity  # type: ignore[union-attr]
-    assert load_run(folder) == kept
-    assert any("is not the dense model of this run" in line for line in said.sentences)
+    with pytest.raises(FistaPrunerError, match=r"name its dense model with --against, or compare with another by"):
+        fp.evaluate(folder, text, seqlen=16, windows=3, against=made / "run" / "model")
     assert fp.evaluate(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 
@@ -207,7 +199,7 @@ def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(
     assert "--against" in capsys.readouterr().err
     assert main([*command, "--against", str(same)]) == 0
     tiny.save("llama", dense, dtype=torch.bfloat16, num_hidden_layers=2, seed=5)
-    with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name the .* with --against"):
+    with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name its .* with --against"):
         fp.evaluate(run, text, seqlen=16, windows=2)
     assert fp.evaluate(run, text, seqlen=16, windows=2, against=same).reference is not None
 
@@ -250,7 +242,10 @@ def test_a_perplexity_outlives_tasks_that_fail(
 
     for name, content in (
         ("lm_eval", {"simple_evaluate": failing}),
-        ("lm_eval.tasks", {"TaskManager": lambda: SimpleNamespace(all_tasks=["boolq"], load=lambda _: {"tasks": {}})}),
+        (
+            "lm_eval.tasks",
+            {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["boolq"], load=lambda _: {"tasks": {}})},
+        ),
         ("lm_eval.models", {}),
         ("lm_eval.models.huggingface", {"HFLM": SimpleNamespace}),
     ):  # a stand-in for lm-eval, installed or not
@@ -297,8 +292,6 @@ def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, caps
 
 PERPLEXITY = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
 TASKS = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
-FULL = TaskResult("piqa", "acc", 1838, 0.5, 0.1, source="lm-eval", available=1838, dtype="bfloat16")
-SHORT = replace(FULL, items=100, value=0.6)
 
 
 def kept(*parts: Perplexity | tuple[TaskResult, ...]) -> Evaluation:
@@ -321,36 +314,10 @@ BOTH = [kept(PERPLEXITY, TASKS[:1]), kept(TASKS[1:])]
         # The first text stays the first, so it stays in the headline.
         ([BOTH[0], kept(OTHER)], kept(PERPLEXITY, TASKS), [kept(PERPLEXITY, TASKS), kept(OTHER)]),
         ([BOTH[0], kept(OTHER)], kept(OTHER), [BOTH[0], kept(OTHER)]),
-        # A short try does not take the place of a full score, but a longer or a full one does.
-        ([kept((FULL,))], kept((SHORT,)), [kept((FULL,))]),
-        ([kept((FULL,))], kept(PERPLEXITY, (SHORT,)), [kept((FULL,)), kept(PERPLEXITY)]),
-        ([kept((FULL,))], kept((replace(FULL, value=0.6),)), [kept((replace(FULL, value=0.6),))]),
-        ([kept((FULL,))], kept((replace(SHORT, available=100),)), [kept((replace(SHORT, available=100),))]),
-        ([kept((SHORT,))], kept((replace(SHORT, items=200),)), [kept((replace(SHORT, items=200),))]),
+        ([kept(TASKS[:1])], kept((replace(TASKS[0], items=5),)), [kept((replace(TASKS[0], items=5),))]),
     ],
 )
 def test_a_new_figure_takes_the_place_of_the_old_one(
     stored: list[Evaluation], found: Evaluation, expected: list[Evaluation]
 ) -> None:
     assert put_in_place(stored, found) == expected
-
-
-def test_a_score_of_the_input_is_added_once_and_without_figures_of_a_text() -> None:
-    """Several runs may have it, and beside a perplexity against another dense model."""
-    found = Evaluation("m", against="other", perplexity=PERPLEXITY, reference=PERPLEXITY, tasks=TASKS)
-    result = [Evaluation("r", tasks=(replace(TASKS[0], value=0.6),))]
-    before: list[Evaluation] = []
-    assert add_scores(before, result, [found, found])
-    assert before == [Evaluation("m", against="other", tasks=TASKS[:1])]
-    assert not add_scores(before, result, [found])
-    assert len(before) == 1
-
-
-def test_a_dense_model_is_the_same_under_another_spelling() -> None:
-    found = Evaluation("m", against="a/dense", perplexity=PERPLEXITY)
-    for same in ("a/b/../dense", str(Path("a/dense").resolve())):
-        assert same_comparison(found, replace(found, against=same))
-    for other in ("dense", None):
-        assert not same_comparison(found, replace(found, against=other))
-    for another in (replace(PERPLEXITY, text_sha256="bb"), replace(PERPLEXITY, dtype="float32"), None):
-        assert not same_comparison(found, replace(found, perplexity=another))

@@ -88,12 +88,12 @@ def test_an_output_that_is_the_input_is_refused_and_kept(run: Path, finished: Pa
 
 
 def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
-    """A damaged checkpoint, or one without a record, is not made again over files that somebody put beside it."""
+    """A damaged checkpoint is not made again over files that somebody put beside it, nor without its list of files."""
     cut(run)
     (run / "model" / "notes.txt").write_text("years of work")
     before = contents(run / "model")
-    for _ in range(2):
-        with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run"):
+    for said in (r"notes\.txt was not written by this run: move", "model.json is gone"):
+        with pytest.raises(fp.FistaPrunerError, match=said):
             fp.resume(run)
         assert contents(run / "model") == before
         (run / "model.json").unlink(missing_ok=True)
@@ -138,11 +138,6 @@ def drop_all(run: Path) -> None:
     shutil.rmtree(run / "model")
 
 
-def cut_without_a_record(run: Path) -> None:
-    (run / "model.json").unlink()
-    cut(run)
-
-
 def cut_text(name: str) -> Callable[[Path], None]:
     def damage(run: Path) -> None:
         path = run / "model" / f"{name}.json"
@@ -159,7 +154,7 @@ def empty_record(run: Path) -> None:
         checkpoint_of(run)
 
 
-DAMAGES = {damage.__name__: damage for damage in (cut, flip, drop_shard, drop_all, cut_without_a_record, empty_record)}
+DAMAGES = {damage.__name__: damage for damage in (cut, flip, drop_shard, drop_all, empty_record)}
 DAMAGES |= {f"cut {name}": cut_text(name) for name in ("config", "fistapruner", "model.safetensors.index", "tokenizer")}
 
 
@@ -182,6 +177,16 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     for name in (name for name in before if name.endswith(".json")):
         assert json.loads(after[name]).keys() == json.loads(before[name]).keys()
     assert load_run(run).evaluations == [measured]
+
+
+def test_a_checkpoint_without_its_list_of_files_is_taken_over(run: Path) -> None:
+    """As a kill right after the checkpoint was written leaves it."""
+    record, written = (run / "model.json").read_text(), next((run / "model").glob("*.safetensors")).stat().st_mtime_ns
+    (run / "model.json").unlink()
+    (run / "report.json").unlink()
+    assert fp.resume(run).status == "finished"
+    assert (run / "model.json").read_text() == record
+    assert next((run / "model").glob("*.safetensors")).stat().st_mtime_ns == written
 
 
 def test_the_command_of_a_damaged_run_makes_its_checkpoint_and_report_again(
@@ -399,14 +404,14 @@ def test_several_calibration_texts_are_known_by_name_and_content(
 
 def test_a_run_without_its_record_cannot_be_resumed(dense: Path, run: Path, tmp_path: Path) -> None:
     (run / "run.json").unlink()
-    with pytest.raises(fp.FistaPrunerError, match=r"it has no run.json\): give a command with a new --out$"):
+    with pytest.raises(fp.FistaPrunerError, match=r"it has no run\.json\): give its command again"):
         fp.resume(run)
     with pytest.raises(fp.FistaPrunerError, match="name a new folder"):
         fp.prune(dense, run, **SETTINGS)
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (stopped / "log.txt").touch()
-    with pytest.raises(fp.FistaPrunerError, match=r"it has no run.json\): give its command again$"):
+    with pytest.raises(fp.FistaPrunerError, match=r"it has no run\.json\): give its command again"):
         fp.resume(stopped)
     assert fp.prune(dense, stopped, **SETTINGS).status == "finished"
 

@@ -40,14 +40,13 @@ def begin(folder: Path) -> RecoverDirectory:
     return run
 
 
-def write_model(run: RunDirectory, record: bool) -> None:
-    """Write a checkpoint with a file in a folder; its ``model.json`` only with ``record``."""
+def write_model(run: RunDirectory) -> None:
+    """Write a checkpoint with a file in a folder."""
     (run.model / "templates").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", *(["templates/one.jinja"] if record else [])):
+    for name in ("config.json", "model.safetensors", "templates/one.jinja"):
         (run.model / name).touch()
     (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
-    if record:
-        run.write_model_record("run", {"model.safetensors": "digest"})
+    run.write_model_record("run")
 
 
 def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
 def test_nothing_as_large_as_the_model_stays_of_a_run_without_weights(tmp_path: Path) -> None:
     """Nor of an attempt at it that was killed; files of others in an unfinished checkpoint stay, and are named."""
     run = PruneDirectory(tmp_path)
-    write_model(run, record=True)
+    write_model(run)
     kept = ["layers/0000.json", "layers/notes.txt", "model.json"]
     large = ["layers/0000.safetensors", "layers/0001.safetensors", "layers/0002.safetensors.partial"]
     large += ["model.partial/model.safetensors", "adapter.partial/adapter_model.safetensors", "hidden/states"]
@@ -239,10 +238,10 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
         run.check_place()
         run.model.mkdir()
         (run.model / name).touch()
-        write_model(run, record=True)
+        write_model(run)
         record = run.model_record()
         assert record is not None
-        assert name not in record.others
+        assert name not in record.files
         run.remove_model()
         assert not run.model.exists()
     (partial := tmp_path / "model.partial").mkdir()
@@ -277,10 +276,10 @@ def test_a_run_file_of_another_format_is_refused(tmp_path: Path, versions: objec
         run.record()
 
 
-@pytest.mark.parametrize("damage", [{"others": None}, {"others": 3}, {"files": []}, {"files": {"a": {}}}])
+@pytest.mark.parametrize("damage", [{"files": None}, {"files": []}, {"files": {"a": {}}}])
 def test_a_record_of_a_model_in_a_wrong_form_counts_as_missing(tmp_path: Path, damage: dict[str, object]) -> None:
     run = RunDirectory(tmp_path)
-    write_model(run, record=True)
+    write_model(run)
     assert run.model_record() is not None
     content = json.loads(run.model_file.read_text()) | damage
     write_sealed_json(run.model_file, {key: value for key, value in content.items() if key != "sha256"})
@@ -340,19 +339,18 @@ def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, con
     assert snapshots.newest("run") is None
 
 
-@pytest.mark.parametrize("record", [True, False])
 def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
-    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool], record: bool
+    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
 ) -> None:
     run, removals, killed = RunDirectory(tmp_path), 0, True
     while killed:
         removals += 1
-        write_model(run, record)
+        write_model(run)
         killed = kill_removal(run.remove_model, removals)
         if run.model.exists():
             run.remove_model()
         assert not run.model.exists()
-        assert run.model_file.exists() == record
+        assert run.model_file.exists()
     assert removals > 5
 
 

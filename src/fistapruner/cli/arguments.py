@@ -185,7 +185,7 @@ def run_options(arguments: argparse.Namespace, listener: Listener) -> dict[str, 
     """Return what all functions take that make a run."""
     return {
         **trust(arguments),
-        "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
+        "evaluate": arguments.evaluate,
         "evaluate_windows": arguments.evaluate_windows,
         "listener": listener,
         "command": this_command(),

@@ -19,8 +19,8 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--windows", type=int, metavar="N", help="only the first N windows (default: all)")
     text.add_argument("--bos", default="auto", metavar="WHERE", help="BOS token: auto, none, text or window")
     tasks = parser.add_argument_group("zero-shot tasks (extra 'eval')")
-    tasks.add_argument("--tasks", metavar="A,B,...", help="lm-eval tasks, or names of files of --tasks-dir")
-    tasks.add_argument("--tasks-dir", metavar="DIR", help="folder of local .jsonl tasks, which need no network")
+    tasks.add_argument("--tasks", metavar="A,B,...", help="tasks of lm-eval, or of --tasks-dir (default: all of DIR)")
+    tasks.add_argument("--tasks-dir", metavar="DIR", help="folder of .yaml files that define tasks")
     tasks.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     work = parser.add_argument_group("execution")
     work.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -34,11 +34,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Measure perplexity, divergence from the dense model, zero-shot tasks.
 
     MODEL is a model as for 'prune', a packed folder, or a run directory: then the run's checkpoint is compared with the
-    model it was made from, and the figures are added to RUN/report.json, the page and the model card; figures against
-    another model are not kept with the run. Perplexity reads one decoder layer at a time, so the model may be larger
-    than memory. It depends on --seqlen, and is printed with everything it depends on. A packed folder is unpacked into
-    a temporary one. --bos window puts a BOS token before every window, text once before the whole text, as the scripts
-    of most papers do; auto is window for tokenizers that add one, else none.
+    model it was made from, and the figures are added to RUN/report.json, the page and the model card. Perplexity reads
+    one decoder layer at a time, so the model may be larger than memory. It depends on --seqlen, and is printed with
+    everything it depends on. A packed folder is unpacked into a temporary one. --bos window puts a BOS token before
+    every window, text once before the whole text, as the scripts of most papers do; auto is window for tokenizers that
+    add one, else none. --tasks-dir is what lm-eval calls --include_path.
 
       fistapruner evaluate smollm2 --data wikitext2 --seqlen 1024
       fistapruner evaluate runs/first --data text.txt --windows 60
@@ -82,7 +82,6 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new tokens in a run (default: 128)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default: 3)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's, within a CPU quota)")
-    parser.add_argument("--gguf", nargs="+", default=[], metavar="FILE", help="GGUF files to measure in llama.cpp")
     add_common(parser, code=False)
 
 
@@ -96,17 +95,15 @@ def bench(arguments: argparse.Namespace) -> int:
     compute the sum of both parts, and their sizes count both.
 
     Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model
-    card. GGUF files, such as the dense model quantised, are measured beside it in llama.cpp, and evaluated on the text
-    that the run was evaluated on.
+    card.
 
       fistapruner bench runs/first
-      fistapruner bench runs/first --gguf dense-Q4_K_M.gguf dense-Q8_0.gguf
       fistapruner bench packed-folder --batch 4 --json
     """
     listener = choose_listener(arguments)
     from ..measure.run import bench as run_bench
 
-    names = ("batch", "prompt", "tokens", "runs", "threads", "gguf", "allow_pickle")
+    names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
     show(run_bench(arguments.model, listener=listener, **{name: getattr(arguments, name) for name in names}), arguments)
     return 0
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from ..errors import A_FOLDER, A_MODEL, FistaPrunerError, explain, path_text
 from ..models.build import ROOM, require_whole, whole_bytes
@@ -69,8 +69,8 @@ def evaluate(
         seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
         windows: take only this many, from the start.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
-        tasks: zero-shot tasks, by ``lm-eval`` name, or by file name where ``tasks_dir`` is given.
-        tasks_dir: folder of local ``.jsonl`` tasks; without ``tasks`` all of them are taken.
+        tasks: names of zero-shot tasks of ``lm-eval``, or of those in ``tasks_dir``.
+        tasks_dir: folder of ``.yaml`` files that define tasks for ``lm-eval``; without ``tasks`` all are taken.
         limit: take only this many items of each task, from the start.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
@@ -86,17 +86,25 @@ def evaluate(
         kept: hidden states of one of the models on this text, from earlier evaluations.
 
     Raises:
-        FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
+        FistaPrunerError: bad input, named before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     tick = tick or silent
-    data = str(data) if isinstance(data, Path) else data
     against = None if against is None else path_text("against", against, A_MODEL)
     given = {"seqlen": seqlen, "windows": windows, "bos": bos, "limit": limit, "dtype": dtype, "batch_size": batch_size}
-    names, memory = check_request(data, tasks=tasks, tasks_dir=tasks_dir, memory_limit=memory_limit, **given)
+    folder = None if tasks_dir is None else Path(path_text("tasks_dir", tasks_dir, A_FOLDER))
+    names = [tasks] if isinstance(tasks, str) else tasks
+    data = str(data) if isinstance(data, Path) else data
+    if data is not None and not isinstance(data, Windows):
+        check_data(data)
+    asked = _checked(isinstance(data, str), folder is not None, tasks=names, memory_limit=memory_limit, **given)
+    if data is None and folder is None and not asked.tasks:
+        raise FistaPrunerError(
+            "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
+        )
     begin = time.perf_counter()
     place = choose_device(device)
-    known = find_tasks(names, None if tasks_dir is None else Path(tasks_dir)) if names else None
+    known = find_tasks(asked.tasks, folder) if asked.tasks or folder is not None else None
     permissions = Permissions(allow_pickle, trust_remote_code)
     with ExitStack() as scratch:
         folders = [permissions.find(each).folder for each in (model, against) if each is not None]
@@ -110,11 +118,13 @@ def evaluate(
         if low_rank[0] is not None:
             found = replace(found, low_rank=low_rank[0].weights)
         if known is not None:
-            for checkpoint in checkpoints if memory is not None else ():
+            for checkpoint in checkpoints if asked.memory_limit is not None else ():
                 nbytes = int(whole_bytes(checkpoint, passes) / ROOM)
-                require_whole(nbytes, torch.device("cpu"), memory, f"--tasks on {checkpoint.folder}", "leave it out")
-            lineage, fault = lineage_of(sources[0].folder)
-            found = replace(found, warnings=tuple(filter(None, (fault, trained_on(lineage)))))
+                require_whole(
+                    nbytes, torch.device("cpu"), asked.memory_limit, f"--tasks on {checkpoint.folder}", "leave it out"
+                )
+            if (warning := trained_on(lineage_of(sources[0].folder))) is not None:
+                found = replace(found, warnings=(warning,))
         if data is not None:
             # Before the tokenizer, which a folder that is no model lacks too.
             opened = [LayerwiseModel(each, place, passes, trust_remote_code=trust_remote_code) for each in checkpoints]
@@ -128,7 +138,7 @@ def evaluate(
             if longest is not None and length > longest:
                 raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
             cut = data if isinstance(data, Windows) else load_windows(data, tokenizers[0], length, windows, bos)
-            found = _with_text(found, cut, opened, Passes(batch_size, memory, tick), kept)
+            found = _with_text(found, cut, opened, Passes(batch_size, asked.memory_limit, tick), kept)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
             if found.perplexity is not None:
@@ -151,48 +161,31 @@ class _Request(BaseModel):
     limit: PositiveInt | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: PositiveInt | None = None
+    memory_limit: Annotated[
+        int | None, BeforeValidator(lambda size: None if size is None else parse_bytes(str(size)))
+    ] = None
 
 
-def check_request(
-    data: str | Windows | None,
-    *,
-    tasks: str | Sequence[str] = (),
-    tasks_dir: str | Path | None = None,
-    memory_limit: int | str | None = None,
-    **settings: Any,
-) -> tuple[list[str], int | None]:
-    """Check settings of :func:`evaluate` before anything is opened.
+def _checked(text: bool, folder: bool, **settings: Any) -> _Request:
+    """Check settings before anything is opened.
 
-    Returns:
-        The tasks, and the memory limit in bytes.
+    Args:
+        text: there is a text to cut; ``folder``: there is a folder of tasks.
+        **settings: fields of the request.
 
     Raises:
-        FistaPrunerError: nothing to measure, no such text, a setting without effect, or one out of range.
-        MissingExtraError: the text needs the extra ``data``.
+        FistaPrunerError: names a setting that is out of range or has no effect.
     """
-    if tasks_dir is not None:
-        path_text("tasks_dir", tasks_dir, A_FOLDER)
-    names: Any = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
     try:
-        fields = {name: value for name, value in settings.items() if name in _Request.model_fields}
-        asked = _Request(tasks=names, **fields)
-        memory = None if memory_limit is None else parse_bytes(str(memory_limit))
+        asked = _Request(**settings)
     except ValidationError as error:
         raise FistaPrunerError(explain(error)) from None
-    except ValueError as error:
-        raise FistaPrunerError(f"memory_limit: {error}") from None
-    if data is None and not asked.tasks:
-        raise FistaPrunerError(
-            "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
-        )
-    text = None if isinstance(data, Windows) else data
-    if text is not None:
-        check_data(text)
-    needed = {"seqlen": ("text to cut", text), "windows": ("text to cut", text), "limit": ("task", asked.tasks)}
+    tasks = folder or bool(asked.tasks)
+    needed = {"seqlen": ("text to cut", text), "windows": ("text to cut", text), "limit": ("task", tasks)}
     for name, (what, there) in needed.items():
         if (value := getattr(asked, name)) is not None and not there:
             raise FistaPrunerError(f"{name} {value} has no effect, because no {what} is given: leave it out")
-    return asked.tasks, memory
+    return asked
 
 
 def _with_text(

@@ -168,9 +168,11 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
             operators.append(_inspect(entry, tensor.T if transposed else tensor, zero, claims.get(name)))
         elif not bool(torch.isfinite(tensor).all()):
             faults.append(f"{name}: {NOT_FINITE}")
-    lineage, fault = read_lineage(record, folder)
-    faults += [fault] if fault else []
-    widths = []
+    lineage, widths = None, []
+    try:
+        lineage = read_lineage(record, folder)
+    except FistaPrunerError as error:
+        faults.append(str(error))
     for cut in record.get("widths", ()) if asked is None else ():
         layer, unit, after = cut["layer"], cut["unit"], cut["after"]
         widths.append((layer, unit, cut["before"], after))

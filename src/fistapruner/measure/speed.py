@@ -1,4 +1,4 @@
-"""Measure how fast forms of a model decode: dense, smaller, packed, and GGUF files beside them.
+"""Measure how fast forms of a model decode: dense, smaller and packed.
 
 What is measured is greedy decoding with a cache, one token at a time, as in a chat: speed, time to the first token and
 peak memory. Forms are measured in interleaved rounds, each in a process of its own: other load on the machine slows all
@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
@@ -25,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError, MissingExtraError, one_line, path_text
+from ..errors import FistaPrunerError, one_line
 from ..models.build import load_whole, refuse_own_code
 from ..models.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
-from ..models.gguf import check_gguf
 from ..models.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
 from ..packed.checkpoint import is_packed, low_rank_part
@@ -59,10 +57,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one form of a model: medians over runs, and ranges, in bytes and seconds.
-
-    ``perplexity`` and ``kl`` (nats a token) are of the text that its run was evaluated on; None: not measured.
-    """
+    """Measured speed of one form of a model: medians over runs, and ranges, in bytes and seconds."""
 
     variant: str
     tokens_per_second: float
@@ -77,8 +72,6 @@ class Speed:
     runs: int
     threads: int
     device: str
-    perplexity: float | None = None
-    kl: float | None = None
 
     @classmethod
     def of(cls, variant: str, runs: Sequence[Run], **setting: Any) -> Speed:
@@ -94,23 +87,14 @@ class Speed:
             **setting,
         )
 
-    def judged(self, perplexity: float, kl: float) -> Speed:
-        """Return the same speed with its quality."""
-        return replace(self, perplexity=perplexity, kl=kl)
-
 
 @dataclass(frozen=True)
 class Variant:
     """One form of a model, for :func:`compare`."""
 
     name: str
-    folder: Path  # packed or ordinary, or a GGUF file, which llama.cpp runs
+    folder: Path  # packed or ordinary
     dtype: str | None = None  # None takes the checkpoint's
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether it is a GGUF file, not a folder."""
-        return self.folder.is_file()
 
 
 def bench(
@@ -118,8 +102,6 @@ def bench(
     *,
     measure: Callable[..., list[Speed]] | None = None,
     before: str | Path | None = None,
-    gguf: Sequence[str | Path] = (),
-    quality: Callable[[list[Variant], list[Speed]], list[Speed]] = lambda variants, speeds: speeds,
     tick: Tick = silent,
     allow_pickle: bool = False,
     **setting: Any,
@@ -133,27 +115,17 @@ def bench(
         model: folder of a pruned model, ordinary or packed.
         measure: how the variants are measured, with the arguments of :func:`compare`, which is the default.
         before: folder of the dense model that a smaller model was; None does not measure it.
-        gguf: GGUF files to measure beside the model, in llama.cpp: the dense model, quantised.
-        quality: adds the quality of the variants to their speeds; called while their folders are there.
         tick: called with progress: (what, steps done, steps in all).
         allow_pickle: read legacy ``.bin`` weights.
         **setting: ``batch``, ``prompt``, ``tokens``, ``runs`` and ``threads``, as for :func:`compare`.
 
     Raises:
-        FistaPrunerError: a number that is too small, no model, a form that cannot be run, or a file that is no GGUF.
-        MissingExtraError: GGUF files need the extra ``bench``.
+        FistaPrunerError: a number that is too small, no model, or a form that cannot be run.
     """
     for name, value in setting.items():
         least = 2 if name == "tokens" else 1
         if value is not None and (type(value) is not int or value < least):
             raise FistaPrunerError(f"{name} {value!r} is not a whole number of at least {least}")
-    files = [Path(path_text("gguf", file, "a GGUF file")) for file in gguf]
-    for file in files:
-        check_gguf(file)
-    if files and (batch := setting.get("batch", 1)) != 1:
-        raise FistaPrunerError(f"batch {batch}: with GGUF files one sequence at once is timed: batch 1")
-    if files and find_spec("xllamacpp") is None:
-        raise MissingExtraError("xllamacpp", "bench", "timing a GGUF file")
     model = Path(model)
     Checkpoint.open(model, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
@@ -173,8 +145,7 @@ def bench(
                     pack(dense, int8, values="int8", allow_pickle=allow_pickle)
                     variants.append(Variant("packed", packed, "bfloat16"))
                 variants.append(Variant("packed int8", int8, "bfloat16"))
-        variants += [Variant(f"llama.cpp {file.stem}", file) for file in files]
-        return quality(variants, (measure or compare)(variants, **setting, tick=tick))
+        return (measure or compare)(variants, **setting, tick=tick)
 
 
 def compare(
@@ -192,7 +163,7 @@ def compare(
     If they do not all fit into memory at once, they run one after the other. ``threads`` None takes torch's default, at
     most the cores that this process may use. A script that calls this needs ``if __name__ == "__main__":``.
     """
-    setting = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads or usable_threads()}
+    setting = {"batch": batch, "prompt": prompt, "threads": threads or usable_threads()}
     sizes = [weight_bytes(one.folder) for one in variants]
     together = 2.5 * sum(sizes) < free_memory()  # fp32 copies double a bf16 file
     found: list[list[tuple[Run, int]]] = [[] for _ in variants]
@@ -207,7 +178,15 @@ def compare(
                     tick(f"round {round_number} of {runs}, forms timed", place, len(workers))
                     found[number].append(_answer(variants[number], worker.submit(_generate, tokens)))
     return [
-        Speed.of(one.name, [run for run, _ in own], peak_memory=own[-1][1], file_size=nbytes, device="cpu", **setting)
+        Speed.of(
+            one.name,
+            [run for run, _ in own],
+            peak_memory=own[-1][1],
+            file_size=nbytes,
+            tokens=tokens,
+            device="cpu",
+            **setting,
+        )
         for one, own, nbytes in zip(variants, found, sizes, strict=True)
     ]
 
@@ -227,18 +206,15 @@ _LOADED: list[Callable[[int], Run]] = []
 """In the process of a variant: what generates so many tokens with it."""
 
 
-def _load(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
+def _load(variant: Variant, batch: int, prompt: int, threads: int) -> None:
     """Load a variant into this process, and warm it up."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of several processes at once, they would be mixed
     torch.set_num_threads(threads)
-    if variant.is_gguf:
-        generate = _in_llama_cpp(variant.folder, prompt, tokens, threads)
-    else:
-        model = load_variant(variant)
-        generate = partial(time_generation, model, prompts(model, batch, prompt, seed=0))
+    model = load_variant(variant)
+    generate = partial(time_generation, model, prompts(model, batch, prompt, seed=0))
     generate(WARM_UP_TOKENS)
     reset_peak_memory(torch.device("cpu"))
     _LOADED.append(generate)
@@ -258,9 +234,7 @@ def load_variant(variant: Variant) -> Any:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded, with a low-rank part's, or of a GGUF file."""
-    if folder.is_file():
-        return folder.stat().st_size
+    """Count the bytes of the weight files that are loaded, with a low-rank part's."""
     low_rank = low_rank_part(folder)
     return Checkpoint.open(folder, allow_pickle=True).file_bytes + (0 if low_rank is None else low_rank.file_bytes)
 
@@ -293,31 +267,6 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
             token = out.logits[:, -1:].argmax(-1)
         end = now()
     return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
-
-
-def _in_llama_cpp(file: Path, prompt: int, tokens: int, threads: int) -> Callable[[int], Run]:
-    """Load a GGUF file in llama.cpp; returns what decodes greedily and gives llama.cpp's own times."""
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(file)
-    settings.n_ctx = prompt + max(tokens, WARM_UP_TOKENS)
-    settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 1, 0, -1
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    vocabulary = check_gguf(file)["token_embd.weight"].shape[0]
-    ids = torch.randint(0, vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    server = xllamacpp.Server(settings)
-
-    def generate(count: int) -> Run:
-        request = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-        answer = server.handle_completions(request)
-        if "timings" not in answer:
-            raise FistaPrunerError(f"llama.cpp has written nothing: {str(answer.get('error', answer))[:300]}")
-        timings = answer["timings"]
-        # Its clock for new tokens starts at the first of them.
-        return Run(timings["prompt_ms"] / 1000, 1000 * (timings["predicted_n"] - 1) / timings["predicted_ms"])
-
-    return generate
 
 
 def record(speeds: Sequence[Speed]) -> dict[str, Any]:
@@ -372,16 +321,13 @@ class Speeds(list[Speed]):
             counted(first.threads, "thread"),
             f"kernel: {kernel_name()}; median (slowest - fastest)",
         ]
-        judged = any(speed.perplexity is not None for speed in self)
         rows: list[tuple[str, ...]] = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB")]
-        rows[0] += ("perplexity", "KL, nats") if judged else ()
         for speed in self:
             low, high = speed.tokens_per_second_range
             early, late = (1000 * value for value in speed.first_token_range)
             rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
             latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
-            row = (speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}")
-            quality = (speed.perplexity, 2), (speed.kl, 3)
-            rows.append(row + tuple("-" if x is None else f"{x:.{digits}f}" for x, digits in quality * judged))
+            memory, file = f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}"
+            rows.append((speed.variant, rate, latency, memory, file))
         table = align_columns(rows, right=tuple(range(1, len(rows[0]))))
         return f"{', '.join(parts)}\n{table}\n\n{sentence(self)}\n{QUANTISE_FIRST}"

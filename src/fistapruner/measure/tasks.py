@@ -1,12 +1,7 @@
 """Score zero-shot tasks with ``lm-eval``, with paired tests against the dense model.
 
-A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network and
-becomes an ``lm-eval`` configuration. The fields of its first line say what form a file has:
-
-* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ,
-  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``.
-* ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
-* ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
+Tasks are those that ``lm-eval`` knows, whose items come from the hub, or those that ``.yaml`` files of a folder
+define, as ``lm-eval --include_path`` takes them; their items may be local files.
 """
 
 from __future__ import annotations
@@ -29,7 +24,6 @@ from ..passes.store import CPU
 from ..runs.records import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error
 from ..runtime.show import Tick, silent
-from ..text.sources import read_lines
 from .logits import mcnemar
 from .streaming import shown_name
 
@@ -37,109 +31,48 @@ METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
 
 
-def _prompt(item: dict[str, Any]) -> str:
-    """Return what a model is asked; a query with ``Question:`` ends in ``Answer:``."""
-    query = str(item["query"]).strip()
-    return f"{query}\nAnswer:" if "Question:" in query and not query.endswith("Answer:") else query
-
-
-FORMS: dict[tuple[str, ...], dict[str, Any]] = {
-    ("query", "choices", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": _prompt,
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-    },
-    # With a number as text and the contexts as choices, lm-eval scores one continuation after each context.
-    ("context_options", "continuation", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "gold",
-        "doc_to_choice": lambda item: [option.rstrip(" ") for option in item["context_options"]],
-        "doc_to_target": lambda item: item["continuation"].lstrip(" "),
-    },
-    ("context", "continuation"): {
-        "output_type": "loglikelihood",
-        "doc_to_text": lambda item: item["context"].rstrip(" "),
-        "doc_to_target": lambda item: " " + item["continuation"].lstrip(" "),
-    },
-}
-"""The fields of a local file, and what ``lm-eval`` asks of them."""
-
-
-def local_task(path: Path) -> dict[str, Any]:
-    """Make the ``lm-eval`` configuration of a local ``.jsonl`` task, which ``lm-eval`` reads itself.
-
-    Raises:
-        FistaPrunerError: the first line cannot be read, or has the fields of no form.
-    """
-    where, fields = next(read_lines(path), (str(path), {}))
-    form = next((each for each in FORMS if fields.keys() >= {*each}), None)
-    if form is None:
-        known = "; or ".join(map(", ".join, FORMS))
-        raise FistaPrunerError(f"{where} has the fields {', '.join(fields) or 'none'}: a task has {known}")
-    metrics = ["acc", "acc_norm"] if "choices" in form else ["acc"]
-    return {
-        "task": path.stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-        "test_split": "test",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
-        **FORMS[form],
-    }
-
-
 @dataclass(frozen=True)
 class Tasks:
     """Tasks that :func:`find_tasks` found."""
 
-    specifications: tuple[Any, ...]  # names or configurations, as lm-eval takes them
+    names: tuple[str, ...]
     manager: Any  # lm-eval's TaskManager that knows them
-    source: str  # of their items, for the report
+    source: str  # of their definitions, for the report
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     """Find tasks by name and read their items, before any model is loaded.
 
     Args:
-        tasks: ``lm-eval`` names, or names of ``.jsonl`` files in ``tasks_dir`` without the suffix; ``all`` takes every
-            file of ``tasks_dir``.
-        tasks_dir: folder of local tasks.
+        tasks: names of ``lm-eval``, or of the tasks in ``tasks_dir``; without names all tasks of ``tasks_dir``.
+        tasks_dir: folder of ``.yaml`` files that define tasks.
 
     Raises:
-        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, items that cannot be loaded, or a
-            file that is no task.
+        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, or items that cannot be loaded.
         MissingExtraError: the extra ``eval`` is not installed.
     """
-    local: list[Any] = []
-    if tasks_dir is not None:
-        files = {path.stem: path for path in sorted(tasks_dir.glob("*.jsonl"))}
-        if missing := sorted({*tasks} - {*files, "all"}) or ([] if files else ["*"]):
-            raise FistaPrunerError(
-                f"--tasks-dir {tasks_dir} has no file {missing[0]}.jsonl; its tasks are: {', '.join(files) or 'none'}"
-            )
-        local = [local_task(path) for name, path in files.items() if name in tasks or "all" in tasks]
+    if tasks_dir is not None and not any(tasks_dir.glob("**/*.yaml")):
+        raise FistaPrunerError(f"--tasks-dir {tasks_dir} has no .yaml file: write each task as lm-eval defines tasks")
     if find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern models given by name
-    if tasks_dir is not None:
-        return Tasks(tuple(local), TaskManager(include_defaults=False), "local file")
-    manager = TaskManager()
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise FistaPrunerError(
-            f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files"
-        )
     with _failures_explained("read the tasks"):
-        found = manager.load(list(tasks))["tasks"]
+        manager = TaskManager(include_path=tasks_dir, include_defaults=tasks_dir is None)
+        names = tuple(tasks or manager.all_tasks)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        found = {} if unknown else manager.load(list(names))["tasks"]
+    if unknown:
+        where = "lm-eval (see 'lm-eval ls tasks')" if tasks_dir is None else f"--tasks-dir {tasks_dir}"
+        raise FistaPrunerError(f"task {unknown[0]!r} is not known to {where}")
     for name, task in found.items():
         metrics = [str(entry["metric"]) for entry in task.config.metric_list or ()]
         if metrics and not {*metrics} & {*METRICS}:
             raise FistaPrunerError(
                 f"task {name!r} has the metrics {', '.join(metrics)}; tasks with {', '.join(METRICS)} can be scored"
             )
-    return Tasks(tuple(tasks), manager, "lm-eval")
+    return Tasks(names, manager, "lm-eval" if tasks_dir is None else tasks_dir.name)
 
 
 @dataclass(frozen=True)
@@ -207,7 +140,7 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
     with _failures_explained(f"evaluate the tasks on {folder}"):
         found = simple_evaluate(
             runner,
-            tasks=list(tasks.specifications),
+            tasks=list(tasks.names),
             limit=settings.limit,
             bootstrap_iters=0,
             log_samples=True,
@@ -222,9 +155,7 @@ def _failures_explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        local = "; --tasks-dir takes local files and needs no network" if isinstance(error, OSError) else ""
-        said = f"{type(error).__name__}: {one_line(error)}"
-        raise FistaPrunerError(f"lm-eval could not {what}: {said}{local}") from error
+        raise FistaPrunerError(f"lm-eval could not {what}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], dict[int, float]]:

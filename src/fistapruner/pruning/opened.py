@@ -228,8 +228,8 @@ class RunContext:
         learned = self.recipe.structure.method == "bypass" and self.widths is not None and self.widths.channels(index)
         measures = LayerMeasures(
             metric=self.run.metric(index) if self.recipe.reconstruct else None,
-            importance=self.run.importance(names) if weighs_rows(self.recipe) else None,
-            scores=self.run.scores(names) if learned else {},
+            importance=self.run.measured("rows", names) if weighs_rows(self.recipe) else None,
+            scores=self.run.measured("scores", names) if learned else {},
         )
         result = prune_layer(context, index, streams, measures, events)
         result.entry.warnings += warnings

@@ -49,7 +49,7 @@ def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> Non
     run.write_report(report)
 
 
-def refuse_foreign_files(run: RunDirectory, checkpoint: Checkpoint, fingerprint: str) -> None:
+def refuse_foreign_files(run: RunDirectory, fingerprint: str) -> None:
     """Refuse others' files in a checkpoint that must be made again, before the work for it.
 
     Arguments as for :func:`write_model`.
@@ -58,7 +58,7 @@ def refuse_foreign_files(run: RunDirectory, checkpoint: Checkpoint, fingerprint:
         FistaPrunerError: names the first of them.
     """
     if run.model.exists() and run.model_fault(fingerprint):
-        run.check_model(checkpoint)
+        run.check_model()
 
 
 def write_model(
@@ -86,13 +86,15 @@ def write_model(
         config_changes: of ``config.json``, as a JSON merge patch.
     """
     if run.model.exists():
-        if run.model_record() is not None and run.model_fault(fingerprint) is None:
+        if run.model_fault(fingerprint) is None:
+            if run.model_record() is None:  # a kill came between the two
+                run.write_model_record(fingerprint)
             return
-        run.remove_model(checkpoint)  # it is damaged, or its writing was interrupted
+        run.remove_model()  # it is damaged, or its writing was interrupted
     with disk_errors(run.model_file):
         run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
     listener.say("writing the checkpoint")
-    digests = write_checkpoint(
+    write_checkpoint(
         checkpoint,
         run.model,
         replacement,
@@ -101,7 +103,7 @@ def write_model(
         config_changes=config_changes,
         documents=documents(),
     )
-    run.write_model_record(fingerprint, digests)
+    run.write_model_record(fingerprint)
 
 
 def write_low_rank(

@@ -246,11 +246,11 @@ def _prune(
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
-        refuse_foreign_files(run, context.model.checkpoint, context.fingerprint)
+        refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
         if todo:
             refuse_other_versions(run, settled)
-            run.remove_model(context.model.checkpoint)
+            run.remove_model()
             _prune_layers(context, todo, settled, request.recipe, listener, inspect)
         context.clear_hidden()  # a killed process may have left them
         alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"

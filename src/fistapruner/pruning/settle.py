@@ -20,9 +20,9 @@ from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
 from ..runs.directory import PruneDirectory
-from ..runs.lineage import begin_lineage
+from ..runs.lineage import Dense, dense_behind, lineage_of
 from ..runs.log import Listener
-from ..runs.records import CalibrationFacts, ModelFacts
+from ..runs.records import CalibrationFacts, Lineage, ModelFacts
 from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
 from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
@@ -62,6 +62,8 @@ def settle(
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
+    folder = inputs.source.folder.absolute()
+    lineage = lineage_of(folder)
     text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, inputs.model)
     drawing = _drawing(recipe, inputs.model, seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
@@ -86,6 +88,8 @@ def settle(
             seconds["sensitivity"] = time.perf_counter() - begin
     has_metrics = run.metrics_file.is_file()
     sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
+    stamped = tuple(stamps(inputs.model.checkpoint))
+    dense = dense_behind(folder, lineage) if lineage and lineage.stages else Dense(folder, stamped)
     record = PruneRecord(
         **common_fields(request, inputs, recipe, numerics.threads),
         fingerprint=identity,
@@ -94,10 +98,12 @@ def settle(
         workload=measured.workload if measured else None,
         decision=PruneDecision(
             model=absolute(request.model),
-            folder=inputs.source.folder.absolute(),
-            stamps=tuple(stamps(inputs.model.checkpoint)),
+            folder=folder,
+            stamps=stamped,
             numerics=numerics,
             evaluation=request.evaluation,
+            dense=dense and dense.folder,
+            dense_stamps=dense.stamps if dense else (),
             sparsity=dict((measured.sparsity if measured else None) or inputs.sparsity),
             on_disk=on_disk,
             on_device=on_device,
@@ -223,7 +229,6 @@ def common_fields(
         threads: CPU threads of each worker.
     """
     facts = describe_model(inputs.source, request.model, inputs.model)
-    lineage, warning = begin_lineage(inputs.source.folder, facts)
     return {
         "command": request.command,
         "started": now(),
@@ -231,8 +236,8 @@ def common_fields(
         "versions": versions(),
         "machine": describe_machine(inputs.model.device, threads),
         "model": facts,
-        "lineage": lineage,
-        "warnings": [*inputs.warnings, *([warning] if warning else [])],
+        "lineage": lineage_of(inputs.source.folder) or Lineage(source=facts),
+        "warnings": [*inputs.warnings],
     }
 
 

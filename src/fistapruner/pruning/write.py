@@ -21,7 +21,7 @@ from ..models.operators import Operator, expert_modules, operators_by_weight
 from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
 from ..models.safetensors import SafetensorsFile
 from ..reporting.model_card import model_card
-from ..runs.lineage import add_stage, update_stage
+from ..runs.lineage import update_stage
 from ..runs.log import Listener, Times
 from ..runs.records import Report, Totals
 from ..runtime.devices import peak_device_memory, peak_memory
@@ -122,7 +122,7 @@ def write(
     report.totals.model_zeros = claimed_zeros(claims)
     report.stacked_experts = any(map(stack_of, claims))
     report.finished = now()
-    add_stage(report)
+    update_stage(report)
     more: dict[str, Any] = {}
     if rank := context.recipe.low_rank:
         factors = journaled_factors(run.journal.weights(index) for index in range(len(model)))

@@ -259,7 +259,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
                 mine = [p for p in mine if _kind(p.sparsity)[0] is nm]
                 if mine:
                     axes.errorbar(
-                        [order.index(p.sparsity) for p in mine],
+                        [order.index(p.sparsity) + 0.06 * (index - (len(short) - 1) / 2) for p in mine],  # side by side
                         [p.gap for p in mine],
                         yerr=[p.spread or 0.0 for p in mine],
                         fmt=_marker(index) + ("" if nm else "-"),
@@ -268,7 +268,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
                         capsize=2,
                     )
         axes.set_xticks(range(len(order)), order)
-        axes.set_xlim(-0.4, len(order) - 0.6)
+        axes.set_xlim(-0.5, len(order) - 0.5)
         if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
             axes.set_yscale("log")
             plain_log(axes.yaxis)

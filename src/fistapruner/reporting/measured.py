@@ -61,62 +61,30 @@ def file_name(source: str) -> str:
     return source.rsplit("/", 1)[-1]
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What training changed on one text.
+def input_evaluation(report: Report, after: Evaluation) -> Evaluation | None:
+    """Find the evaluation of a run's input that is on the windows of an evaluation of its result."""
+    text, known = after.perplexity, report.recovery.before if report.recovery else []
+    return next(
+        (one for one in known if text and one.perplexity and one.perplexity.measured_on == text.measured_on), None
+    )
 
-    Args:
-        closed: share of the gap to the dense model, ln(perplexity before / dense), that is closed; ``closed_error``:
-            its standard error, paired over windows (delta method). None without a dense model, and where the gap is
-            not above twice its own standard error: a share of noise says nothing.
+
+def gap_closed(before: Evaluation, after: Evaluation) -> tuple[float, float] | None:
+    """Return the share of the gap to the dense model that training closed, and its standard error.
+
+    With the gaps b and a, ln(perplexity / dense) before and after training, the share is r = 1 - a / b. To first order
+    its error is that of the mean of (a - (1 - r) b) / b over windows. None without a dense model on the same windows,
+    and where the gap is not above twice its own standard error: a share of noise says nothing.
     """
-
-    closed: float | None = None
-    closed_error: float | None = None
-
-
-def gain(before: Evaluation, after: Evaluation) -> Gain | None:
-    """Compare two evaluations of the same windows; None where they are not.
-
-    With the gaps b and a before and after training, the share r = 1 - a / b is closed. To first order its error is
-    that of the mean of (a - (1 - r) b) / b over windows.
-    """
-    old, new = before.perplexity, after.perplexity
-    if old is None or new is None or old.measured_on != new.measured_on or not math.isfinite(old.nll - new.nll):
+    old, new, dense = before.perplexity, after.perplexity, after.reference or before.reference
+    if old is None or new is None or dense is None or not math.isfinite(old.nll - new.nll):
         return None
-    dense = after.reference or before.reference
-    if dense is None or dense.measured_on != new.measured_on:
-        return Gain()
     gap, gaps = old.nll - dense.nll, _differences(old, dense)
-    if not gap > 0 or gap <= 2 * _error(gaps):
-        return Gain()
+    if not old.measured_on == new.measured_on == dense.measured_on or not gap > 0 or gap <= 2 * _error(gaps):
+        return None
     left = (new.nll - dense.nll) / gap
     pairs = zip(_differences(new, dense), gaps, strict=False)
-    return Gain(1 - left, _error([(a - left * b) / gap for a, b in pairs]))
-
-
-def gain_of(report: Report, after: Evaluation) -> tuple[Evaluation, Gain] | None:
-    """Find the evaluation of a run's input that belongs to an evaluation of its result.
-
-    An alignment is not made to close the gap to the dense model, so of an alignment no share of the gap is told.
-    """
-    for before in report.recovery.before if report.recovery else []:
-        if (found := gain(before, after)) is not None:
-            return before, found if report.kind != "align" else Gain()
-    return None
-
-
-def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
-    """Say in one line what recovery or alignment changed on a text; empty where that is not known."""
-    found, old, new = gain(before, after), before.perplexity, after.perplexity
-    if found is None or old is None or new is None:
-        return ""
-    dense = after.reference or before.reference
-    text = f"perplexity on {new.data}: {old.perplexity:.2f} before {training}, {new.perplexity:.2f} after it"
-    if dense is not None:
-        text += f", {dense.perplexity:.2f} dense"
-    shown = found.closed is not None and training != "alignment"
-    return f"{text}: {percent_with_error(found.closed, found.closed_error)} % of the gap is closed" if shown else text
+    return 1 - left, _error([(a - left * b) / gap for a, b in pairs])
 
 
 def quality_facts(report: Report) -> list[Fact]:
@@ -125,8 +93,7 @@ def quality_facts(report: Report) -> list[Fact]:
     facts = []
     for evaluation in report.evaluations:
         if evaluation in last.values():
-            before, won = gain_of(report, evaluation) or (None, Gain())
-            facts += text_facts(evaluation, before, won)
+            facts += text_facts(evaluation, input_evaluation(report, evaluation), aligned=report.kind == "align")
     tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
     earlier = [task for one in (report.recovery.before if report.recovery else ()) for task in one.tasks]
     return facts + task_facts(tasks, earlier)
@@ -152,8 +119,11 @@ DIVERGENCES: tuple[tuple[str, Callable[[Divergence], str], str], ...] = (
 """What is told of a divergence: label, value, how it was measured."""
 
 
-def text_facts(found: Evaluation, before: Evaluation | None = None, won: Gain | None = None) -> list[Fact]:
-    """List perplexity and divergence from the dense model on a text, beside those before training."""
+def text_facts(found: Evaluation, before: Evaluation | None = None, *, aligned: bool = False) -> list[Fact]:
+    """List perplexity and divergence from the dense model on a text, beside those before training.
+
+    An alignment is not made to close the gap to the dense model, so no share of the gap is told of it.
+    """
     text, dense = found.perplexity, found.reference
     facts = []
     if text is not None:
@@ -161,10 +131,9 @@ def text_facts(found: Evaluation, before: Evaluation | None = None, won: Gain | 
         old = perplexity_text(before.perplexity if before else None)
         how = times + perplexity_conditions(text)
         facts.append(Fact(QUALITY, f"Perplexity, {text.data}", perplexity_text(text), perplexity_text(dense), old, how))
-    if won is not None and won.closed is not None:
-        closed = percent_with_error(won.closed, won.closed_error)
+    if before is not None and not aligned and (closed := gap_closed(before, found)) is not None:
         how = "share of ln(perplexity before / dense), paired over windows"
-        facts.append(Fact(QUALITY, "Gap closed, %", closed, how=how))
+        facts.append(Fact(QUALITY, "Gap closed, %", percent_with_error(*closed), how=how))
     if found.divergence is not None:
         start = before.divergence if before else None
         for label, write, how in DIVERGENCES:
@@ -283,9 +252,6 @@ def _error(values: Sequence[float]) -> float:
 
 NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
-INT8 = "packed int8"
-"""The form that rounds the weights, so that its quality is its own."""
-
 
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model as it is, and leaves out more zeros than a mask has bits."""
@@ -340,8 +306,6 @@ def speed_facts(report: Report) -> list[Fact]:
                     ("first_token", "first token", duration),
                     ("peak_memory", "peak memory", size),
                     ("file_size", "file", size),
-                    ("perplexity", "perplexity", significant),
-                    ("kl", "KL", significant),
                 )
                 if row.get(key) is not None
             ),
@@ -369,7 +333,7 @@ def speeds(report: Report) -> list[dict[str, Any]]:
 
 
 def _form(row: dict[str, Any]) -> str:
-    """Return the form of a row's model: ``dense``, ``packed``, ``smaller`` or ``llama.cpp``."""
+    """Return the form of a row's model: ``dense``, ``packed`` or ``smaller``."""
     return str(row.get("variant", "")).partition(" ")[0]
 
 

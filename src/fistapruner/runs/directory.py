@@ -39,10 +39,10 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from ..errors import FistaPrunerError, unreadable
-from ..models.checkpoint import INDEX, PRUNING_RECORD, READ_BY_TRANSFORMERS, SINGLE, Checkpoint, Orders
+from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
 from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.safetensors import SafetensorsFile, write_tensors
-from ..models.write import remove_unfinished, safetensors_name
+from ..models.write import remove_unfinished
 from ..runtime.files import (
     BYSTANDERS,
     PARTIAL,
@@ -62,7 +62,6 @@ from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
-from .lock import NAME as LOCK
 from .log import TIMES
 from .records import LayerEntry, Record, Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
@@ -71,14 +70,17 @@ from .store import Snapshots, Store
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
 
-FORMAT = 3
+FORMAT = 4
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
 DRAWING = "drawing"
 """Metadata key of a run's text: the settings and the model that decide it. No file of others has it."""
 
-EARLY = rf"log\.txt|{re.escape(TIMES)}({re.escape(PARTIAL)})?"
+EARLY = rf"(log\.txt|times\.json)({re.escape(PARTIAL)})?"
 """Names of files that an attempt has left that was stopped before its first result."""
+
+DRAWN = rf"lock|(metrics|bypass)\.safetensors|hidden|(recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+"""Names of what is written between a run's text and ``run.json``."""
 
 UNREADABLE = (FistaPrunerError, OSError, KeyError, ValueError, TypeError)
 """What reading a damaged file raises."""
@@ -86,19 +88,11 @@ UNREADABLE = (FistaPrunerError, OSError, KeyError, ValueError, TypeError)
 R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
-class FileClaim(Record):
-    """Hold what ``model.json`` says of a weight file: checksums of all its bytes, and of samples."""
-
-    sha256: str
-    sampled: str
-
-
 class ModelRecord(Record):
-    """Hold ``model.json``: the run's fingerprint, weight files by name, names of the other files."""
+    """Hold ``model.json``: the files of the checkpoint of a run, weights with a sampled hash."""
 
     fingerprint: str
-    files: dict[str, FileClaim]
-    others: list[str]
+    files: dict[str, str | None]
 
 
 def refuse_out(out: Path) -> None:
@@ -122,13 +116,11 @@ class RunDirectory(Generic[R_co]):
         verb: whose runs they are; None takes those of all.
         schema: of ``run.json``.
         text_name: stem of the file with the run's text, which is the first that is written.
-        early: pattern of what is written after the text and before ``run.json``.
     """
 
     verb: ClassVar[str | None] = None
     schema: ClassVar[type[RunRecord]] = RunRecord
     text_name: ClassVar[str] = "windows"
-    early: ClassVar[str] = "recipe.yaml"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -151,19 +143,19 @@ class RunDirectory(Generic[R_co]):
             FistaPrunerError: names what is in the way.
         """
         refuse_out(self.folder)
-        if self.folder.is_dir() and not self.run_file.exists() and (others := self.foreign()):
+        if self.folder.is_dir() and not self.run_file.exists() and (others := self._foreign()):
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
             raise FistaPrunerError(
                 f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
             )
 
-    def foreign(self) -> list[str]:
+    def _foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
         text = self.text_name
-        names = rf"{EARLY}|{LOCK}|{text}(\.begun)?\.safetensors{re.escape(PARTIAL)}|{text}\.begun\.safetensors"
+        names = rf"{EARLY}|lock|{text}(\.begun)?\.safetensors{re.escape(PARTIAL)}|{text}\.begun\.safetensors"
         with suppress(*UNREADABLE):
             if DRAWING in SafetensorsFile(self.text_file).metadata:
-                names += rf"|{text}\.safetensors|({self.early}|run\.json)({re.escape(PARTIAL)})?"
+                names += rf"|{text}\.safetensors|{DRAWN}"
         return [path.name for path in entries(self.folder) if not re.fullmatch(names, path.name)]
 
     @contextmanager
@@ -260,14 +252,11 @@ class RunDirectory(Generic[R_co]):
 
     # --- the finished checkpoint
 
-    def write_model_record(self, fingerprint: str, digests: Mapping[str, str]) -> None:
-        """Record the files of the finished checkpoint, and the SHA-256 of those with weights."""
-        files = {
-            name: FileClaim(sha256=digest, sampled=sampled_sha256(self.model / name))
-            for name, digest in digests.items()
-        }
-        record = ModelRecord(fingerprint=fingerprint, files=files, others=sorted(self._model_names() - {*files}))
-        write_sealed_json(self.model_file, record.model_dump(mode="json"))
+    def write_model_record(self, fingerprint: str) -> None:
+        """Record the files of the finished checkpoint, its weights with a hash of samples of their bytes."""
+        weights = {path.name: sampled_sha256(path) for path in self.model.glob("*.safetensors")}
+        files = dict.fromkeys(sorted(self._model_names())) | weights
+        write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": files})
 
     def model_record(self) -> ModelRecord | None:
         """Read ``model.json``; None where it is missing or damaged."""
@@ -287,12 +276,10 @@ class RunDirectory(Generic[R_co]):
             return f"{self.model} is gone"
         if (self.model / PARTIAL).exists():
             return f"writing {self.model} was interrupted"
-        names = () if record is None else (*record.files, *(name for name in record.others if name != CARD))
-        for path in (self.model / name for name in names):
-            if not path.is_file():
+        for name, sampled in record.files.items() if record else ():
+            if name != CARD and not (path := self.model / name).is_file():
                 return f"{path} is gone"
-        for name, claim in record.files.items() if record else ():
-            if sampled_sha256(self.model / name) != claim.sampled:
+            if sampled is not None and sampled_sha256(self.model / name) != sampled:
                 return f"{self.model / name} is damaged: its checksum is not the one it was written with"
         try:
             found = read_json(self.model / PRUNING_RECORD).get("fingerprint")
@@ -307,32 +294,32 @@ class RunDirectory(Generic[R_co]):
             return str(error)
         return None
 
-    def check_model(self, source: Checkpoint | None = None) -> None:
-        """Refuse a checkpoint that is to be removed and holds others' files; see :meth:`remove_model`."""
-        record, names, own = self.model_record(), self._model_names(), set[str]()
-        if record is not None:
-            own = {*record.files, *record.others}
-        elif PRUNING_RECORD in names:
-            own = {SINGLE, INDEX, "config.json", PRUNING_RECORD, CARD}
-            own |= {*map(safetensors_name, source.files), *source.companions} if source is not None else set()
-        if others := sorted(names - own):
+    def check_model(self) -> None:
+        """Refuse a checkpoint that is to be removed and holds files that this run did not write.
+
+        Raises:
+            FistaPrunerError: names the first of them.
+        """
+        record = self.model_record()
+        own = {*record.files, CARD} if record else set()
+        others = sorted(self._model_names() - own)
+        if others and not (self.model / PARTIAL).exists():  # which marks a folder as not yet anybody else's
+            lost = "" if record else " as far as is known: its model.json is gone"
             raise FistaPrunerError(
-                f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
+                f"{self.model / others[0]} was not written by this run{lost}: move it away, and run the same "
+                "command again"
             )
 
-    def remove_model(self, source: Checkpoint | None = None) -> None:
-        """Remove the checkpoint, or what a killed attempt has left of it: the files that the run wrote.
+    def remove_model(self) -> None:
+        """Remove the checkpoint, or what a killed attempt has left of it.
 
         What shows that the run wrote them goes last, so that a removal that was killed can be done again.
-        ``model.json`` stays: it tells whether a checkpoint that is made again is the one that was measured.
-
-        Args:
-            source: the model that the run changes, which tells the names of the files where ``model.json`` is gone.
+        ``model.json`` stays: it tells whose the files are.
 
         Raises:
             FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
-        self.check_model(source)
+        self.check_model()
         remove_unfinished(self.model)
         if self.model.is_dir():
             remove_folder(self.model, self.model / PRUNING_RECORD)
@@ -373,11 +360,9 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     verb = "prune"
     schema = PruneRecord
     text_name = "calibration"
-    early = r"recipe\.yaml|(metrics|bypass)\.safetensors|hidden"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.calibration_file = self.text_file
         self.begun_file = folder / "calibration.begun.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
@@ -394,7 +379,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         """Store the (samples, seqlen) token ids, how they were drawn, and the settings that decide them."""
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
-        write_tensors(self.calibration_file, {"tokens": ids}, about)
+        write_tensors(self.text_file, {"tokens": ids}, about)
         self.begun_file.unlink(missing_ok=True)
 
     def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
@@ -412,7 +397,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
         """Read the token ids and how they were drawn; None where gone, damaged or of another ``drawing``."""
         with suppress(*UNREADABLE):
-            file = SafetensorsFile(self.calibration_file)
+            file = SafetensorsFile(self.text_file)
             tokens, how = file.read("tokens"), json.loads(file.metadata["how"])
             if drawing in (None, file.metadata[DRAWING]) and file.metadata["sha256"] == tokens_sha256(tokens):
                 return tokens, how
@@ -420,13 +405,14 @@ class PruneDirectory(RunDirectory[PruneRecord]):
 
     def tokens(self) -> Tensor:
         """Read the (samples, seqlen) calibration token ids."""
-        return SafetensorsFile(self.calibration_file).read("tokens")
+        return SafetensorsFile(self.text_file).read("tokens")
 
     def fault(self, settled: PruneRecord) -> str | None:
         """Say which of the files that the run began with is gone or damaged; None where all are whole."""
         if self.drawn() is None:
-            return f"{self.calibration_file} is gone or damaged"
-        if (digest := settled.decision.metrics_sha256) and not self.has_metrics(digest):
+            return f"{self.text_file} is gone or damaged"
+        digest = settled.decision.metrics_sha256
+        if digest and not (self.metrics_file.is_file() and sha256_file(self.metrics_file) == digest):
             return f"{self.metrics_file} is gone or damaged"
         return None
 
@@ -450,23 +436,17 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         tensors |= {f"scores.{name}": values for name, values in scores.items()}
         write_tensors(self.metrics_file, tensors)
 
-    def has_metrics(self, sha256: str) -> bool:
-        """Check that what was measured on the dense model is there and has this checksum."""
-        return self.metrics_file.is_file() and sha256_file(self.metrics_file) == sha256
-
     def metric(self, index: int) -> Tensor:
         """Read the weight of errors of decoder layer ``index``'s output."""
         return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
 
-    def importance(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read the weights of the rows of some operators, by full name."""
-        file = SafetensorsFile(self.metrics_file)
-        return {name: file.read(f"rows.{name}") for name in names}
+    def measured(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read what was measured of operators: weights of their ``rows``, or ``scores`` of channels.
 
-    def scores(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read the scores of channels that some operators read, by full name; those without are left out."""
+        Operators without it are left out.
+        """
         file = SafetensorsFile(self.metrics_file)
-        return {name: file.read(f"scores.{name}") for name in names if f"scores.{name}" in file.entries}
+        return {name: file.read(f"{kind}.{name}") for name in names if f"{kind}.{name}" in file.entries}
 
     def orders(self) -> Orders:
         """Read the new order of channels, by tensor."""
@@ -482,36 +462,29 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.windows_file = self.text_file
         self.references_file = folder / "references.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
         self.states = Snapshots(folder / "states")
 
-    def remove_weights(self) -> None:
-        super().remove_weights()
-        for folder in (self.states.folder, self.teacher):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def write_text(self, text: TrainingText, drawing: str) -> None:
-        """Store the training text, or the pairs, and the ``drawing`` (settings and model) that decides them."""
+    def write_text(self, text: TrainingText) -> None:
+        """Store the training text, or the pairs."""
         tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
         if isinstance(text, Pairs):
             tensors["test"] = text.test
         about = {"tasks": text.tasks, "facts": text.facts, "documents": sorted(text.documents)}
-        write_tensors(self.windows_file, tensors, {DRAWING: drawing, "about": json.dumps(about)})
+        write_tensors(self.text_file, tensors, {DRAWING: "", "about": json.dumps(about)})
 
-    def text(self, drawing: str | None = None) -> TrainingText | None:
-        """Read the training text, or the pairs; None where they are gone, damaged or of another ``drawing``."""
+    def text(self) -> TrainingText | None:
+        """Read the training text, or the pairs; None where they are gone or damaged."""
         with suppress(*UNREADABLE):
-            file = SafetensorsFile(self.windows_file)
+            file = SafetensorsFile(self.text_file)
             about: dict[str, Any] = json.loads(file.metadata["about"])
-            if drawing in (None, file.metadata[DRAWING]):
-                flags = ("marks", "held_out", "test")
-                tensors = {name: file.read(name) for name in file.entries}
-                fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
-                about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
-                return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
+            flags = ("marks", "held_out", "test")
+            tensors = {name: file.read(name) for name in file.entries}
+            fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
+            about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
+            return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
         return None
 
 
@@ -525,10 +498,6 @@ class AlignDirectory(TrainingDirectory):
     """Paths and records of one alignment run."""
 
     verb = "align"
-
-
-DIRECTORIES: dict[str, type[TrainingDirectory]] = {"recover": RecoverDirectory, "align": AlignDirectory}
-"""Run directories of the verbs that train, by the verb."""
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

@@ -18,37 +18,25 @@ from ..models.record import read_pruning_record
 from ..models.source import SMALL_MODEL, resolve_model
 from ..runtime.files import write_json_atomic
 from .directory import RunDirectory
-from .records import Lineage, ModelFacts, Report, Stage, StageFigures
+from .records import Lineage, Report, Stage, StageFigures
 
 
-def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | None, str | None]:
-    """Read the lineage in a model's record.
+def read_lineage(record: Mapping[str, Any], folder: Path) -> Lineage | None:
+    """Read the lineage in ``fistapruner.json`` of a model's folder; None where there is none.
 
-    Args:
-        record: content of ``fistapruner.json``.
-        origin: the model's folder, for the message.
-
-    Returns:
-        The lineage, None where there is none; and a sentence where it cannot be read.
+    Raises:
+        FistaPrunerError: it cannot be read.
     """
     try:
-        return (Lineage.model_validate(found) if (found := record.get("lineage")) else None), None
+        return Lineage.model_validate(found) if (found := record.get("lineage")) else None
     except ValidationError as error:
-        return None, f"{origin / PRUNING_RECORD} has a lineage that cannot be read ({explain(error)})"
+        said = f"has a lineage that cannot be read ({explain(error)}): mend or remove the file"
+        raise FistaPrunerError(f"{folder / PRUNING_RECORD} {said}") from None
 
 
-def lineage_of(folder: Path) -> tuple[Lineage | None, str | None]:
+def lineage_of(folder: Path) -> Lineage | None:
     """Read the lineage of the model in a folder, as :func:`read_lineage` does."""
-    try:
-        return read_lineage(read_pruning_record(folder), folder)
-    except FistaPrunerError as error:
-        return None, str(error)
-
-
-def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
-    """Return the lineage of a run's input, or a new one that begins with ``model``, and any fault."""
-    found, fault = lineage_of(folder)
-    return found or Lineage(source=model), fault
+    return read_lineage(read_pruning_record(folder), folder)
 
 
 def dense_name(lineage: Lineage | None) -> str | None:
@@ -66,24 +54,15 @@ def trained_on(lineage: Lineage | None) -> str | None:
     """Warn that zero-shot scores may be of what a model was aligned on; None where it was not aligned."""
     stages = [stage for stage in lineage.stages if stage.kind == "align"] if lineage is not None else []
     files = dict.fromkeys(Path(str((stage.settings.get("data") or {}).get("pairs", "?"))).name for stage in stages)
-    if not files:
-        return None
-    return (
-        f"the model was aligned on the pairs of {' and '.join(files)}: its score on a task that they were made from is "
-        "not zero-shot"
-    )
-
-
-def add_stage(report: Report) -> None:
-    """Append the run of a report to its lineage."""
-    if report.lineage is not None:
-        report.lineage.stages.append(stage_of(report))
+    said = "its score on a task that they were made from is not zero-shot"
+    return f"the model was aligned on the pairs of {' and '.join(files)}: {said}" if files else None
 
 
 def update_stage(report: Report) -> None:
-    """Renew the run's own stage, the last of its lineage, after a measurement."""
-    if report.lineage is not None and report.lineage.stages:
-        report.lineage.stages[-1] = stage_of(report)
+    """Put the run of a report at the end of its lineage, in the place of what was there of it."""
+    if report.lineage is not None:
+        stages = [stage for stage in report.lineage.stages if stage.fingerprint != report.fingerprint]
+        report.lineage.stages = [*stages, stage_of(report)]
 
 
 def stage_of(report: Report) -> Stage:
@@ -112,12 +91,11 @@ def stage_of(report: Report) -> Stage:
 
 def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
     """Return a model's record with one more stage in its lineage, which keeps operators and zeros."""
-    lineage, _ = read_lineage(record, Path())
-    if lineage is None:
+    if (lineage := read_lineage(record, Path())) is None:
         return record
     before = lineage.stages[-1].figures if lineage.stages else StageFigures()
-    counts = {"operator_weights": before.operator_weights, "operator_zeros": before.operator_zeros}
-    lineage.stages.append(stage.model_copy(update={"figures": stage.figures.model_copy(update=counts)}))
+    figures = StageFigures(operator_weights=before.operator_weights, operator_zeros=before.operator_zeros)
+    lineage.stages.append(stage.model_copy(update={"figures": figures}))
     return {**record, "lineage": lineage.model_dump(mode="json")}
 
 
@@ -153,22 +131,21 @@ class Dense:
     stamps: tuple[tuple[str, str], ...] = ()
 
 
-def dense_of(run: RunDirectory) -> Dense | None:
-    """Find the dense model behind a run and the runs before it; None where it is not known."""
-    if (record := run.record()) is None:
+def dense_of(run: RunDirectory | None) -> Dense | None:
+    """Return the dense model that a run has noted; None where it is not known."""
+    record = None if run is None else run.record()
+    if record is None or record.decision.dense is None:
         return None
-    decision = record.decision
-    if decision.dense is not None:
-        return Dense(decision.dense, decision.dense_stamps)
-    if record.kind == "prune" and not (record.lineage and record.lineage.stages):
-        return Dense(decision.folder, decision.stamps)
-    origin = input_run(str(decision.folder))
-    found = None if origin is None else dense_of(origin)
-    return found or (_named(record.lineage) if record.kind == "prune" else None)
+    return Dense(record.decision.dense, record.decision.dense_stamps)
 
 
-def _named(lineage: Lineage | None) -> Dense | None:
-    """Find the dense model that a lineage names, where it is on this machine; nothing is downloaded."""
+def dense_behind(folder: Path, lineage: Lineage | None) -> Dense | None:
+    """Find the dense model behind a pruned one: that of its run, or the one that its lineage names.
+
+    The latter is taken where it is on this machine; nothing is downloaded.
+    """
+    if (noted := dense_of(input_run(str(folder)))) is not None:
+        return noted
     name = dense_name(lineage)
     if name is None or not (name == SMALL_MODEL or Path(name).exists()):
         return None

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, path_text, with_name
+from ..errors import A_TEXT, FistaPrunerError, explain, path_text, with_name
 from ..models.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..runtime.devices import choose_device, device_title
@@ -63,7 +63,7 @@ class EvaluationRequest(Frozen):
     """
 
     data: str
-    windows: int | None = None
+    windows: Annotated[int, Field(strict=True, ge=1)] | None = None
     seqlen: int | None = None
 
 
@@ -74,7 +74,7 @@ class RunDecision(Frozen):
         model: the model as the user named it; a path is absolute, so that the run can go on from another folder.
         folder: the folder of its weights; ``stamps``: names and hashes of its config and weight files.
         evaluation: the text to evaluate on; None evaluates nothing.
-        dense, dense_stamps: those of the dense model beside it, where a run that trains knows it.
+        dense, dense_stamps: those of the dense model behind it, which may be the same; None where it is not known.
     """
 
     model: str
@@ -114,7 +114,7 @@ class TrainingDecision(RunDecision):
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
         checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
-        zeros: of all pruned operators of the input; None where that was not noted.
+        zeros: of all pruned operators of the input.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
         steps: optimizer steps to take; ``windows_sha256``: of ``windows.safetensors``.
     """
@@ -191,13 +191,13 @@ def text_sha256(recipe: Recipe) -> str | None:
 # --- the rule of going on
 
 
-def refuse_another(folder: Path, difference: str, advice: str = "") -> None:
+def refuse_another(run: RunDirectory, difference: str, advice: str = "") -> None:
     """Refuse to go on with another run than the one that is asked for.
 
     Raises:
         FistaPrunerError: says how it differs.
     """
-    raise FistaPrunerError(f"--out {folder} holds a run {difference}: name another folder{advice}")
+    raise FistaPrunerError(f"--out {run.folder} holds a run {difference}: name another folder{advice}")
 
 
 def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -206,13 +206,13 @@ def refuse_other_settings(run: RunDirectory, before: Mapping[str, Any], now: Map
     for key in now:
         if before.get(key) != now[key]:
             difference = f"with {key} = {json.dumps(before.get(key))}, this one has {json.dumps(now[key])}"
-            refuse_another(run.folder, difference, f" ('{shell_line('resume', run.folder)}' goes on with that one)")
+            refuse_another(run, difference, f" ('{shell_line('resume', run.folder)}' goes on with that one)")
 
 
 def refuse_other_model(run: RunDirectory, record: RunRecord, source: ModelSource) -> None:
     """Refuse to continue a run of a model with other files, wherever they are."""
     if changed := changed_files(record.decision.stamps, source):
-        refuse_another(run.folder, f"of the model {record.decision.model}, and {changed}")
+        refuse_another(run, f"of the model {record.decision.model}, and {changed}")
 
 
 def refuse_other_versions(run: RunDirectory, record: RunRecord) -> None:
@@ -220,7 +220,7 @@ def refuse_other_versions(run: RunDirectory, record: RunRecord) -> None:
     here = versions()
     for name in ("fistapruner", "torch", "transformers"):
         if (began := record.versions.get(name)) != here[name]:
-            refuse_another(run.folder, f"that began with {name} {began} (now {here[name]})")
+            refuse_another(run, f"that began with {name} {began} (now {here[name]})")
 
 
 def refuse_overlap(source: str | Path, out: Path) -> None:
@@ -256,23 +256,20 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
-    """Return the request to evaluate on a text, a file by its absolute path; None where there is none.
+    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``.
 
     Raises:
         FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
     """
-    text, fault = None if evaluate is None else path_text("evaluate", evaluate, A_TEXT), ""
-    if windows is not None and text is None:
-        fault = f"evaluate_windows {windows} has no effect: evaluate names no text"
-    elif windows is not None and (type(windows) is not int or windows < 1):
-        fault = f"evaluate_windows {windows!r}: a whole number from 1 is expected"
-    elif text == "none" and not Path(text).is_file():  # as the command has it
-        fault = "evaluate 'none' is no text: give None to evaluate nothing"
-    if fault:
-        raise FistaPrunerError(fault)
-    if text is None:
+    if evaluate in (None, "none"):
+        if windows is not None:
+            raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
         return None
-    return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
+    text = path_text("evaluate", evaluate, A_TEXT)
+    try:
+        return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
+    except ValidationError as error:
+        raise FistaPrunerError(f"evaluate_{explain(error)}") from None
 
 
 def execution_here(execution: Execution, listener: Listener) -> Execution:

@@ -178,7 +178,7 @@ class Recovery:
         record = run.begun_record()
         decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
         recipe, text = recipe.model_copy(update={"execution": execution}), run.text()
-        require_same(run, run.windows_file, text and sha256_file(run.windows_file) == decision.windows_sha256)
+        require_same(run, run.text_file, text and sha256_file(run.text_file) == decision.windows_sha256)
         require_same(run, decision.folder, decision.folder.is_dir())
         model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         low_rank = LowRankAdapter.beside(decision.folder)

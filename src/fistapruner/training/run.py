@@ -33,7 +33,7 @@ from ..pruning.result import (
 from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.lineage import add_stage, update_stage
+from ..runs.lineage import update_stage
 from ..runs.lock import hold
 from ..runs.log import Listener, Logged, Times, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
@@ -239,7 +239,7 @@ def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: 
                     refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
                 training = kind.open(run, request.recipe.execution, request.permissions, world)
-                refuse_foreign_files(run, training.model.checkpoint, training.fingerprint)
+                refuse_foreign_files(run, training.fingerprint)
                 world.announce(READY)
                 with training.trained(listener, times.note) as (trained, state):
                     report = _write(training, trained, state, times, listener, report)
@@ -312,7 +312,7 @@ def _write(
     claims = operator_claims(report, model) | (content.get("operators") or {})
     report.stacked_experts = any(stack_of(name) for name in claims)
     report.finished = now()
-    add_stage(report)
+    update_stage(report)
     begin = time.perf_counter()
     if (part := training.low_rank) is not None:
         content |= write_low_rank(run, part.factors, part.rank, training.layout, report.totals)

@@ -132,7 +132,7 @@ def settle(kind: type[Recovery], run: TrainingDirectory, request: Request, liste
         raise FistaPrunerError(plan.refusal)
     listener.say(str(plan))
     text = inputs.text or kind.cut(inputs, listener)
-    run.write_text(text, "")
+    run.write_text(text)
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
         if warning := shared_documents(text.documents, evaluation_documents(name), name):
@@ -195,8 +195,8 @@ def find_input(model: str, permissions: Permissions, drops_low_rank: str | None)
 def named_dense(model: str, source: ModelSource) -> tuple[str | Path | None, tuple[tuple[str, str], ...]]:
     """Return the folder or name that the input's run or lineage has of the dense model, and its stamps."""
     origin = input_run(model)
-    known = None if origin is None else dense_of(origin)
-    return (dense_name(lineage_of(source.folder)[0]), ()) if known is None else (known.folder, known.stamps)
+    known = dense_of(origin)
+    return (dense_name(lineage_of(source.folder)), ()) if known is None else (known.folder, known.stamps)
 
 
 def _dense(
@@ -281,7 +281,7 @@ def _record(run: TrainingDirectory, request: Request, inputs: Inputs, text: Trai
         operators=inputs.claims,
         zeros=inputs.zeros,
         low_rank=None if low_rank is None else low_rank.sampled,
-        windows_sha256=sha256_file(run.windows_file),
+        windows_sha256=sha256_file(run.text_file),
         steps=plan.steps,
     )
     tasks = text.facts["tasks"].values()
