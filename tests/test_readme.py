@@ -58,12 +58,7 @@ def small(arguments: list[str]) -> list[str]:
         if option in out:
             out[out.index(option) + 1] = value
     if out[0] in ("prune", "compare"):
-        out += [
-            word
-            for option, value in (("--samples", "4"), ("--seqlen", "32"))
-            if option not in out
-            for word in (option, value)
-        ]
+        out += [word for word in ("--samples=4", "--seqlen=32") if word.partition("=")[0] not in out]
         out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
     if "--structure" in out:
         out += ["--set", "structure.multiple=8"]
@@ -110,26 +105,12 @@ def test_python_in_the_documentation_can_be_read() -> None:
     assert len(found) >= 8
 
 
-@pytest.fixture
-def recovered(place: Path) -> None:
-    """The pruned run and the recovery that the examples for other trainers name."""
-    small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
-    fp.prune("my-model", "runs/first", **small)
-    settings = {"parameters": "spp", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
-    fp.recover("runs/first", "runs/recovered", **settings)
-
-
-def run_other_trainers(names: dict[str, Any]) -> None:
-    """Run the examples for other trainers."""
-    found = blocks("python", "docs/recover.md")
-    assert found
-    for block in found:
-        exec(compile(block, "docs/recover.md", "exec"), names)
-
-
-def test_python_for_other_trainers(recovered: None) -> None:
+def test_python_for_other_trainers(place: Path) -> None:
     """The zeros are there after every example."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
+    small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
+    fp.prune("my-model", "runs/first", **small)
+    fp.recover("runs/first", "runs/recovered", parameters="spp", steps=1, data={"tokens": 256, "seqlen": 32})
     model = AutoModelForCausalLM.from_pretrained("runs/first/model")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained("my-adapter")
@@ -148,7 +129,10 @@ def test_python_for_other_trainers(recovered: None) -> None:
         "arguments": TrainingArguments("trainer", max_steps=1, report_to=[], use_cpu=True),
         "data": [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}],
     }
-    run_other_trainers(names)
+    examples = blocks("python", "docs/recover.md")
+    assert examples
+    for block in examples:
+        exec(compile(block, "docs/recover.md", "exec"), names)
     for folder in ("tuned", "merged"):
         tuned = AutoModelForCausalLM.from_pretrained(folder)
         assert all(bool((weight[zeros] == 0).all()) for weight, zeros in zip(tuned.parameters(), before, strict=True))
@@ -157,33 +141,21 @@ def test_python_for_other_trainers(recovered: None) -> None:
 def test_commands_in_the_documentation_are_understood() -> None:
     """Flags and verbs of every page; nothing runs."""
     parser = build_parser()
-    found = 0
-    for page in PAGES:
-        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("fistapruner "):
-                    arguments = shlex.split(line, comments=True)[1:]
-                    try:
-                        parser.parse_args(arguments)
-                    except SystemExit as refused:
-                        raise AssertionError(f"{page.name}: {line}") from refused
-                    found += 1
-    assert found >= 30
+    found = [(page, command) for page in PAGES for command in commands(f"docs/{page.name}", "(?:sh|bash)")]
+    assert len(found) >= 30
+    for page, command in found:
+        try:
+            parser.parse_args(command[1:])
+        except SystemExit as refused:
+            raise AssertionError(f"{page.name}: {command}") from refused
 
 
 def test_flags_in_the_text_exist() -> None:
     """Also in sentences and tables; those of other programs stand in the set."""
     verbs = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
     known = {flag for verb in verbs.values() for action in verb._actions for flag in action.option_strings}
-    known |= {
-        "--no-deps",
-        "--standalone",
-        "--nproc-per-node",
-        "--nnodes",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
-        "--version",
-    }
+    torchrun = ("standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint")
+    known |= {"--no-deps", "--version", *(f"--{name}" for name in torchrun)}
     for page in (ROOT / "README.md", *(page for page in PAGES if page.name != "reference.md")):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text("utf-8")))
         assert named <= known, page.name
@@ -276,8 +248,6 @@ def test_make_targets_exist() -> None:
 def test_shipped_recipes_run(place: Path, name: str) -> None:
     recipe = Recipe.from_yaml(shipped_recipes()[name], name)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert (
-        main(small(["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"]))
-        == 0
-    )
+    arguments = ["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"]
+    assert main(small(arguments)) == 0
     assert not inspect_checkpoint(place / "run" / "model").violations

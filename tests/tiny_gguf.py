@@ -8,10 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 
@@ -34,29 +31,6 @@ NAMES = {
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], model: str = "gpt2") -> None:
-    writer.add_tokenizer_model(model)
-    writer.add_token_list(tokens if model == "gpt2" else [token.replace("Ġ", "▁") for token in tokens])
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
-def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float | str]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in settings.items():
-        add[type(value)](key, value)
-
-
-def _finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a query or key projection as llama.cpp orders them for its rotary embedding."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
@@ -68,7 +42,6 @@ def write_gguf(
     tied: bool = False,
     kind: str = "Q8_0",
     architecture: str = "llama",
-    scaling: str | None = None,
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, bool | int | float | str] | None = None,
@@ -79,13 +52,13 @@ def write_gguf(
     Args:
         path: the file.
         tied: without an output head; ``kind``: type of the matrices.
-        architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
+        architecture: name in the header.
         part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
         more: fp32 tensors beside the model's; ``settings``: further keys of the header.
         vocabulary: ``gpt2``, or ``llama`` for SentencePiece.
     """
     torch.manual_seed(0)
-    tokens = TOKENS
+    tokens = TOKENS if vocabulary == "gpt2" else [token.replace("Ġ", "▁") for token in TOKENS]
     config = LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=64,
@@ -98,9 +71,9 @@ def write_gguf(
     model = LlamaForCausalLM(config).eval()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
-    if scaling is not None:
-        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
-    _add_settings(writer, settings or {})
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (settings or {}).items():
+        add[type(value)](key, value)
     if part is not None:
         writer.add_uint16("split.no", part[0])
         writer.add_uint16("split.count", part[1])
@@ -114,7 +87,13 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
-    _add_tokenizer(writer, tokens, vocabulary)
+    writer.add_tokenizer_model(vocabulary)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()
@@ -143,5 +122,8 @@ def write_gguf(
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(back)))
     for name, array in (more or {}).items():
         writer.add_tensor(name, array.astype(np.float32))
-    _finish(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return model

@@ -100,7 +100,7 @@ FACTORS = {"rope_freqs.weight": np.full(8, 2, np.float32)}
     ("settings", "said"),
     [
         ({"settings": {"tokenizer.ggml.pre": "unheard-of"}}, "splits text by 'unheard-of'"),
-        ({"scaling": "yarn"}, "has scaled rotary positions"),
+        ({"settings": {"llama.rope.scaling.type": "yarn"}}, "has scaled rotary positions"),
         ({"more": FACTORS}, "has scaled rotary positions"),
         ({"architecture": "llaxa"}, "cannot be converted with transformers .*llaxa"),
     ],

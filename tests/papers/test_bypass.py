@@ -67,17 +67,14 @@ def test_the_gradient_is_unbiased_for_its_target(baseline: float) -> None:
     torch.testing.assert_close(mean, target, rtol=1e-5, atol=1e-6)
 
 
-def test_it_finds_the_best_units_of_a_separable_loss() -> None:
-    worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    keep, baseline = torch.full((6,), 0.5, dtype=torch.float64), math.nan
-    for step in range(800):
-        masks = list((torch.rand(2, 6, generator=generator, dtype=torch.float64) < keep).double())
-        losses = [float((worth * (1 - mask)).sum()) for mask in masks]
-        keep, baseline = descend(keep, baseline, masks, losses, 0.05 * (1 - step / 800), [(slice(0, 6), 3)])
-        assert 0 <= float(keep.min()) <= float(keep.max()) <= 1
-        assert float(keep.sum()) <= 3 + 1e-9
-    assert set(keep.topk(3).indices.tolist()) == {1, 3, 5}
+def begin(folder: Path, remove: str, batch_size: int = 8) -> tuple[Bypass, str]:
+    """What learns the units of a model, on four windows; and the name of its decoder layers."""
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    layout = discover(model).select(Recipe())
+    units = find_units(model, layout, Structure.model_validate({"remove": remove, "multiple": 4}))
+    tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    store = scratch_factory(None, torch.float32)
+    return Bypass(model, units, tokens, 1, 0, store, Listener(), batch_size), layout.layers_name
 
 
 @torch.no_grad()
@@ -86,14 +83,8 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
     """By transformers: the second layer is fed by the first with its worst units masked."""
     layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
     folder = tiny.save(architecture, tmp_path / "model", **{layers: 2})
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
-    layout = discover(model).select(Recipe())
-    settings = Structure.model_validate({"remove": remove, "multiple": 4})
-    units = find_units(model, layout, settings)
-    tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
-    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener())
-    slots = learning.slots
-    found = learning.first(3)
+    learning, layers_name = begin(folder, remove)
+    slots, found = learning.slots, learning.first(3)
 
     whole, masks, inputs = AutoModelForCausalLM.from_pretrained(folder).eval(), dict[int, Tensor](), dict[int, Tensor]()
 
@@ -101,11 +92,11 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
         inputs[number] = value
         return value * masks[number] if number in masks else value
 
-    modules = [whole.get_submodule(layout.full_name(at, unit.name)) for at, unit, _ in slots]
+    modules = [whole.get_submodule(f"{layers_name}.{at}.{unit.name}") for at, unit, _ in slots]
     for number, module in enumerate(modules):
         module.register_forward_pre_hook(lambda _, args, number=number: (before(number, args[0]),))
     for index in range(2):
-        whole(tokens[:3])
+        whole(learning.tokens[:3])
         for number, ((at, unit, places), module) in enumerate(zip(slots, modules, strict=True)):
             if at != index:
                 continue
@@ -119,36 +110,23 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
             masks[number] = kept.repeat_interleave(unit.columns)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, architecture: str) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "remove"), [("llama", "mlp=25%,heads=1"), ("gpt2", "mlp=25%")])
+def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, architecture: str, remove: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
-    layout = discover(model).select(Recipe())
-    remove = "mlp=25%,heads=1" if architecture == "llama" else "mlp=25%"
-    settings = Structure.model_validate({"remove": remove, "multiple": 4})
-    units = find_units(model, layout, settings)
-    tokens = torch.randint(3, tiny.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
-    learning = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener())
-    count = sum(unit.before for layer in units for unit in layer)
-    generator = torch.Generator().manual_seed(1)
-    masks = [(torch.rand(count, generator=generator) < 0.6).double() for _ in range(2)]
+    learning, layers_name = begin(folder, remove)
+    tokens, generator = learning.tokens, torch.Generator().manual_seed(1)
+    masks = [(torch.rand(learning.count, generator=generator) < 0.6).double() for _ in range(2)]
     found = learning.losses(tokens, masks)
-    less = Bypass(model, units, tokens, 1, 0, scratch_factory(None, torch.float32), Listener(), 1)
-    assert less.losses(tokens, masks) == pytest.approx(found, rel=1e-5)
+    assert begin(folder, remove, batch_size=1)[0].losses(tokens, masks) == pytest.approx(found, rel=1e-5)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     for mask, loss in zip(masks, found, strict=True):
-        handles, start = [], 0
-        for kind in dict.fromkeys(unit.kind for layer in units for unit in layer):
-            for index, layer in enumerate(units):
-                for unit in (unit for unit in layer if unit.kind == kind):
-                    columns = mask[start : start + unit.before].float().repeat_interleave(unit.columns)
-                    start += unit.before
-                    module = whole.get_submodule(f"{layout.layers_name}.{index}.{unit.consumer.name}")
-                    handles.append(
-                        module.register_forward_pre_hook(lambda _, args, columns=columns: (args[0] * columns,))
-                    )
-        with torch.no_grad():
-            logits = whole(tokens).logits
+        handles = []
+        for index, unit, places in learning.slots:
+            columns = mask[places].float().repeat_interleave(unit.columns)
+            module = whole.get_submodule(f"{layers_name}.{index}.{unit.consumer.name}")
+            handles.append(module.register_forward_pre_hook(lambda _, args, columns=columns: (args[0] * columns,)))
+        logits = whole(tokens).logits
         expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         assert loss == pytest.approx(float(expected), rel=1e-4)
         for handle in handles:
@@ -178,20 +156,20 @@ class Stopping(Listener):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=2)
-    structure: dict[str, Any] = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "bypass", "steps": 45}
+    structure: dict[str, Any] = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "bypass", "steps": 25}
     settings = {"structure": structure, "calibration": SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
     assert report.totals.time_split["sensitivity"] > 0
-    stopping = Stopping(33)
+    stopping = Stopping(22)
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert any("45 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
+    assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
     stopping = Stopping(-1)
     fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert "bypass: 20 of 45 steps were taken before" in stopping.said
+    assert "bypass: 20 of 25 steps were taken before" in stopping.said
     (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert (here["identity"], here["step"]) == (there["identity"], "45")
+    assert (here["identity"], here["step"]) == (there["identity"], "25")
     weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]

@@ -194,18 +194,7 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     error = (seen[:, keep] @ found.T - wanted).square().sum() / wanted.square().sum()
     assert report.layers[1].removals[-1].relative_error == pytest.approx(float(error), rel=1e-3)
     assert report.layers[1].removals[0].compensate == "none"
-
-
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    settings = {"structure": {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "goa"}, "calibration": SMALL}
-    report = fp.prune(str(folder), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        fp.prune(str(folder), tmp_path / "parts", listener=tiny.Stops(), **settings)
-    fp.resume(tmp_path / "parts")
-    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    units = [(removal.unit, removal.method) for removal in report.layers[0].removals]
-    assert units == [("key/value groups", "goa"), ("MLP channels", "goa")]
+    assert {removal.method for removal in report.layers[0].removals} == {"goa"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Small layer problems of channels, and what is known of their inputs."""
+"""Small layer problems of channels, what is known of their inputs, and models that must compute the same."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tiny
 from fistapruner import LayerProblem
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.refit import ChannelStatistics
 
-ROWS, CHANNELS, TOKENS = 5, 8, 200
+ROWS, CHANNELS, COUNT = 5, 8, 200
+TOKENS = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def assert_alike(small: Any, dense: Any) -> None:
+    """Two models have the same logits but for rounding, and write the same, with their caches."""
+    torch.testing.assert_close(small(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    written = [model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (small, dense)]
+    assert torch.equal(*written)
 
 
 def by(method: str, compensate: str = "auto") -> Structure:
@@ -25,8 +34,8 @@ def make(drift: float, target: float = 1.0, seed: int = 0, channels: int = CHANN
     """A random layer problem."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(channels, channels, generator=generator)
-    dense = torch.randn(TOKENS, channels, generator=generator) @ mixing
-    seen = dense + drift * torch.randn(TOKENS, channels, generator=generator)
+    dense = torch.randn(COUNT, channels, generator=generator) @ mixing
+    seen = dense + drift * torch.randn(COUNT, channels, generator=generator)
     weight = torch.randn(ROWS, channels, generator=generator)
     return LayerProblem.from_activations(weight, seen, dense if drift else None, target=target)
 

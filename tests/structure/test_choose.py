@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from problems import CHANNELS, ROWS, TOKENS, brute, by, make, statistics, unshrunk
+from problems import CHANNELS, COUNT, ROWS, brute, by, make, statistics, unshrunk
 
 from fistapruner import LayerProblem
 from fistapruner.structure.choose import channel_scores, eliminate
@@ -15,7 +15,7 @@ from fistapruner.structure.refit import ChannelStatistics, removal_error, remove
 
 def test_scores_are_what_they_are_called() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(TOKENS, CHANNELS, generator=generator) + torch.arange(CHANNELS)
+    inputs = torch.randn(COUNT, CHANNELS, generator=generator) + torch.arange(CHANNELS)
     weight = torch.randn(ROWS, CHANNELS, generator=generator)
     known = statistics(weight, inputs)
     energy = (inputs[:, None, :] * weight).double().square().sum(1).mean(0)
@@ -59,7 +59,7 @@ def test_of_few_blocks_those_that_cost_least_together_go(seed: int, drift: float
 
 def test_channels_that_others_replace_go_first_at_no_cost() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(TOKENS, CHANNELS, generator=generator)
+    inputs = torch.randn(COUNT, CHANNELS, generator=generator)
     inputs[:, 5] = inputs[:, 2]
     inputs[:, 6] = 0.5 * inputs[:, 1] - 2 * inputs[:, 4]
     inputs[:, 7] = 0.0
@@ -97,7 +97,7 @@ def test_inputs_without_full_rank_are_eliminated_too(tokens: int, channels: int,
 def test_importance_of_rows_decides_which_channels_stay() -> None:
     """A channel that only an unimportant row reads goes."""
     weight = torch.eye(2).repeat(1, 2)  # row 0 reads channels 0 and 2, row 1 channels 1 and 3
-    known = statistics(weight, torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(0)))
+    known = statistics(weight, torch.randn(COUNT, 4, generator=torch.Generator().manual_seed(0)))
     for first, second, kept in ((1.0, 1e-6, [0, 2]), (1e-6, 1.0, [1, 3])):
         removal = remove_channels(known, 2, by("obs"), importance=torch.tensor([first, second]))
         assert removal.keep.tolist() == kept

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, HunYuanMoEV1Config
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -88,13 +89,15 @@ def test_a_forward_pass_that_depends_on_the_width_is_refused(tmp_path: Path) -> 
         assert torch.equal(layer.mlp.down_proj.weight, model.checkpoint.read("model.layers.0.mlp.down_proj.weight"))
 
 
-def test_a_share_of_the_parameters_becomes_a_width(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path)  # 32 wide, 48 channels: 3 x 32 weights a channel
-    model, widths = planned(folder, "25%")
-    channel = sum(unit.weights(model.layers[index]) for index, (unit,) in enumerate(widths.units))
-    assert channel == len(widths.units) * 3 * 32
-    assert abs(removed_weights(model, widths) / layer_weights(model) - 0.25) <= 4 * channel / layer_weights(model)
-    assert planned(folder, "mlp=31")[1].units[0][0].after == 31
+@pytest.mark.parametrize(("architecture", "share"), [("llama", 0.25), ("gemma4", 0.15)])
+def test_a_share_of_the_parameters_becomes_a_width(tmp_path: Path, architecture: str, share: float) -> None:
+    """But for half a channel of every MLP and expert, each of 3 x 32 weights."""
+    folder = tiny.save(architecture, tmp_path)
+    model, widths = planned(folder, f"{share:.0%}", 1)
+    channels = len(model) * (5 if architecture == "gemma4" else 1)
+    assert abs(removed_weights(model, widths) - share * layer_weights(model)) <= channels * 3 * 32 / 2
+    if architecture == "llama":
+        assert planned(folder, "mlp=31")[1].units[0][0].after == 31
 
 
 def test_counts_of_heads_that_would_do_are_named(tmp_path: Path) -> None:
@@ -121,6 +124,22 @@ def test_a_mixture_loses_channels_and_experts_at_once(tmp_path: Path) -> None:
     }
     gone = 33 + 3 * 32 * 16 + 3 * 3 * 32 * 4 + 3 * 32 * 12  # an expert with its row, channels of the others, of the MLP
     assert removed_weights(model, widths) == len(model) * gone
+
+
+def test_layers_that_choose_different_numbers_of_experts_are_told_apart(tmp_path: Path) -> None:
+    sizes = {**tiny.SIZES, **tiny.GQA, "head_dim": 8, "num_experts": 4, "moe_topk": [1, 3, 3]}
+    AutoModelForCausalLM.from_config(HunYuanMoEV1Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(FistaPrunerError, match="at most 1 can go, since the router chooses 3"):
+        planned(tmp_path, "experts=2")
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(1, False), (2, True)])
+def test_a_token_needs_enough_experts_in_its_groups(tmp_path: Path, limit: int, fits: bool) -> None:
+    """The router chooses 4 of the experts of ``limit`` of its 2 groups, which have half of those that stay each."""
+    folder = tiny.save("deepseek_v3", tmp_path, topk_group=limit, num_experts_per_tok=4, n_routed_experts=8)
+    said = pytest.raises(FistaPrunerError, match=r"at most 0 in multiples of 2, .* chooses 4 for every token")
+    with nullcontext() if fits else said:
+        assert planned(folder, "experts=4")[1].units[1][0].after == 4
 
 
 @pytest.mark.parametrize(
