@@ -20,7 +20,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.safetensors import safetensors_writer
 from fistapruner.models.write import checkpoint_folder, write_checkpoint
-from fistapruner.runtime.files import sha256_file
+from fistapruner.runtime.files import sha256_file, unfinished
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -351,13 +351,12 @@ def test_what_a_killed_attempt_left_does_not_count_as_used_space(
 
     def leave(partial: Path) -> None:
         partial.mkdir()
-        (partial / ".partial").touch()
         (partial / "model.safetensors.partial").write_bytes(bytes(size))
 
-    leave(tmp_path / "out.partial")
+    leave(unfinished(tmp_path / "out"))
     with checkpoint_folder(tmp_path / "out", size):
         pass
-    leave(tmp_path / "new.partial")
+    leave(unfinished(tmp_path / "new"))
     write_checkpoint(source, tmp_path / "new", nothing)
     (tmp_path / "new" / "model.safetensors").rename(tmp_path / "file.partial")
     with safetensors_writer(tmp_path / "file", source.stored) as write:
@@ -368,13 +367,13 @@ def test_what_a_killed_attempt_left_does_not_count_as_used_space(
         checkpoint_folder(tmp_path / "more", size),
     ):
         raise AssertionError("must not begin")
-    assert not (tmp_path / "more.partial").exists()
+    assert not unfinished(tmp_path / "more").exists()
 
 
 def test_a_temporary_folder_whose_removal_was_killed_is_taken_over(
     tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
 ) -> None:
-    partial, removals, killed = tmp_path / "out.partial", 0, True
+    partial, removals, killed = unfinished(tmp_path / "out"), 0, True
 
     def fail() -> None:
         with suppress(Killed), checkpoint_folder(tmp_path / "out"):

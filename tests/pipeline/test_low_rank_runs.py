@@ -27,7 +27,7 @@ from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.reporting.terminal import summary
 from fistapruner.runs.records import load_run
-from fistapruner.runtime.files import PARTIAL
+from fistapruner.runtime.files import unfinished
 
 CALIBRATION = {"source": "python", "samples": 4, "seqlen": 32}
 SMALL: dict[str, Any] = {"sparsity": "2:4", "method": "sparsegpt", "calibration": CALIBRATION}
@@ -200,13 +200,13 @@ def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, ho
     elif how == "config cut":
         config.write_bytes(config.read_bytes()[:40])
     else:
-        (run / "adapter" / PARTIAL).touch()
+        unfinished(run / "adapter").mkdir()
         shutil.rmtree(run / "model")
     with pytest.raises(FistaPrunerError, match="adapter_config" if "config" in how else "adapter_model|does not exist"):
         fp.evaluate(run / "model", "python", seqlen=16, windows=1)
     fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
     assert results(run) == expected
-    assert not (run / "adapter" / PARTIAL).exists()
+    assert not unfinished(run / "adapter").exists()
 
 
 def test_verbs_that_would_leave_it_out_refuse_the_run(

@@ -23,7 +23,7 @@ from fistapruner.runs.log import Listener, Logged, StepJournal, log_file, spent
 from fistapruner.runs.records import LayerEntry, ModelFacts, Report, load_run, parse
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.store import Snapshots
-from fistapruner.runtime.files import PARTIAL, claim_folder, write_sealed_json, write_text_atomic
+from fistapruner.runtime.files import remove_folder, unfinished, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, threads=1, device="cpu", dtype="float32")
 
@@ -66,19 +66,15 @@ def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_as_large_as_the_model_stays_of_a_run_without_weights(tmp_path: Path) -> None:
-    """Nor of an attempt at it that was killed; files of others in an unfinished checkpoint stay, and are named."""
+    """Nor of an attempt at it that was killed."""
     run = PruneDirectory(tmp_path)
     write_model(run)
     kept = ["layers/0000.json", "layers/notes.txt", "model.json"]
     large = ["layers/0000.safetensors", "layers/0001.safetensors", "layers/0002.safetensors.partial"]
-    large += ["model.partial/model.safetensors", "adapter.partial/adapter_model.safetensors", "hidden/states"]
+    large += [f"{unfinished(Path(name))}/model.safetensors" for name in ("model", "adapter")] + ["hidden/states"]
     for name in (*kept, *large):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with pytest.raises(FistaPrunerError, match=r"model\.partial holds files that fistapruner did not write"):
-        run.remove_weights()
-    for folder in ("model.partial", "adapter.partial"):
-        (tmp_path / folder / PARTIAL).touch()
     run.remove_weights()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == kept
 
@@ -146,7 +142,8 @@ def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
         ("lock", lambda run: hold(run).__enter__()),
         ("log.txt", lambda run: log_file(run / "log.txt").__enter__()),
         ("steps.jsonl", lambda run: StepJournal(run / "steps.jsonl", 0)),
-        ("model.partial", lambda run: claim_folder(run / "model.partial")),
+        ("model", lambda run: remove_folder(run / "model")),
+        ("model.fistapruner.partial", lambda run: remove_folder(run / "model")),
     ],
 )
 def test_links_of_a_run_folder_are_refused_and_lead_to_no_other_file(
@@ -244,9 +241,6 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
         assert name not in record.files
         run.remove_model()
         assert not run.model.exists()
-    (partial := tmp_path / "model.partial").mkdir()
-    (partial / name).touch()
-    claim_folder(partial)
     (run.folder / name).unlink()
     (run.folder / name).mkdir()  # no file of a system
     with pytest.raises(FistaPrunerError, match="other things in it"):

@@ -7,7 +7,6 @@
   device, an operator without a CUDA kernel, and more bytes than the GPU has (``torch.OutOfMemoryError``);
 * every wait of the host for the device (``item``, ``nonzero``, a mask or a CPU tensor as index, copies between host
   and device) is counted with the line of the package that asked for it, and so are the bytes that are copied;
-* copies between page-locked memory and a device that are not to block are no waits;
 * operators that CUDA does not compute in a fixed order are counted;
 * the bytes that live on each device, and their peak, are known.
 
@@ -125,15 +124,9 @@ class _Boundary(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in AS_THEY_ARE:
             return func(*args, **kwargs)
-        if kwargs.get("pin_memory"):
-            return self.standin.pin(func(*args, **{**kwargs, "pin_memory": False}))
-        if func is torch.Tensor.pin_memory:
-            return self.standin.pin(torch.empty_like(args[0])).copy_(args[0])
         if func in (torch.tensor, torch.as_tensor) and _place(kwargs.get("device")):
             made = func(*args, **{**kwargs, "device": CPU})
             return self.__torch_function__(torch.Tensor.to, (), (made, kwargs["device"]))
-        if func is torch.Tensor.cuda:
-            func, args, kwargs = torch.Tensor.to, (args[0], _place((*args, *kwargs.values(), "cuda")[1])), {}
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
             args = (args[0], args[1].device, args[1].dtype, *args[2:])
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], DeviceTensor):
@@ -168,7 +161,7 @@ class StandIn(TorchDispatchMode):
             package).
         kernels: operators computed on a device, by name.
         live, peak: bytes by device.
-        emptied: number of ``torch.cuda.empty_cache`` calls; ``refused``: allocations for which there was no memory.
+        refused: allocations for which there was no memory.
         touched: devices that a call has made a CUDA context on.
     """
 
@@ -185,21 +178,16 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.taken = dict(enumerate(taken))
         self.count, self.memory, self.capability, self.name = count, memory, capability, name
-        self.waits, self.moved, self.unordered, self.kernels = (
-            Counter[Any](),
-            Counter[Any](),
-            Counter[Any](),
-            Counter[str](),
-        )
+        self.waits, self.moved, self.unordered = Counter[Any](), Counter[Any](), Counter[Any]()
+        self.kernels = Counter[str]()
         self.live, self.peak = Counter[torch.device](), Counter[torch.device]()
-        self.emptied = self.refused = 0
+        self.refused = 0
         self.warning = False
         self.touched: set[torch.device] = set()
         self._current = torch.device("cuda", 0)
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
         self._known: dict[int, Any] = {}
-        self._pinned: dict[int, Any] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> StandIn:
@@ -234,9 +222,6 @@ class StandIn(TorchDispatchMode):
             self._open(at(device))
             return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
 
-        def empty() -> None:
-            self.emptied += 1
-
         def warn(mode: str) -> None:
             self.warning = mode == "warn"
 
@@ -265,7 +250,7 @@ class StandIn(TorchDispatchMode):
             "cuda.is_current_stream_capturing": lambda: False,  # those of older builds
             "cuda.device": current,
             "cuda.device_count": lambda: self.count,
-            "cuda.empty_cache": empty,
+            "cuda.empty_cache": lambda: None,
             "cuda.get_device_capability": lambda device=None: self.capability,
             "cuda.get_device_name": lambda device=None: self.name,
             "cuda.get_device_properties": properties,
@@ -291,13 +276,6 @@ class StandIn(TorchDispatchMode):
             warnings.warn("called a synchronizing operation (stand-in)", stacklevel=2)
         if moved:
             self.moved[key] += moved
-
-    def pin(self, made: torch.Tensor) -> torch.Tensor:
-        """Note that a new tensor is in page-locked memory."""
-        storage = made.untyped_storage()
-        key = id(storage)
-        self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
-        return made
 
     def call(self, func: Any, args: Any, kwargs: Any, asked: torch.device | None, *, really_meta: bool) -> Any:
         """Make a call from Python, in which ``meta`` means the device ``asked``, or that of the arguments."""
@@ -350,18 +328,11 @@ class StandIn(TorchDispatchMode):
             source = args[1] if copying_into else args[0]
             there = isinstance(args[0], DeviceTensor) if copying_into else place is not None
             if isinstance(source, DeviceTensor) != there:
-                key = "to device" if there else "to host"
-                if (kwargs.get("non_blocking") or args[2:3] == (True,)) and self._is_pinned(source):
-                    self.moved[key, _caller()] += source.nbytes
-                else:
-                    self.wait(key, source.nbytes)
+                self.wait("to device" if there else "to host", source.nbytes)
             if not there:
                 return args[0] if copying_into else out
         self.kernels[known.name] += place is not None and not known.view
         return out if place is None else self._wrap(out, {id(item.values): item for item in ours}, place)
-
-    def _is_pinned(self, item: torch.Tensor) -> bool:
-        return not isinstance(item, DeviceTensor) and id(item.untyped_storage()) in self._pinned
 
     def _check(self, known: Facts, args: Any, leaves: list[Any], *, copying: bool) -> None:
         """Refuse what CUDA refuses; count waits, and operators without a fixed order."""

@@ -62,16 +62,6 @@ def test_a_broken_model_is_named() -> None:
         generate_tokens(tiny_model("gpt2"), letters_tokenizer(), 2, 300)
 
 
-def test_an_interruption_loses_no_finished_text() -> None:
-    model, tokenizer, kept = tiny_model(), letters_tokenizer(), []
-    whole = generate_tokens(model, tokenizer, 70, 8, keep=lambda *at: kept.append(at))
-    assert [len(texts) for texts, _ in kept] == [32, 64, 70]
-    said: list[str] = []
-    again = generate_tokens(model, tokenizer, 70, 8, begun=kept[1], say=said.append)
-    assert torch.equal(again, whole)
-    assert said[0].startswith("generating text: 65.5 of 70 windows")  # of the last batch alone
-
-
 def test_generation_says_how_far_it_is() -> None:
     said: list[str] = []
     calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, tiny_model, said.append)

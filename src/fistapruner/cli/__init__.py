@@ -25,19 +25,19 @@ from importlib import import_module
 from typing import Any, NoReturn, TextIO, cast
 
 VERBS = {
-    "prune": "prune",
-    "recover": "train",
-    "align": "train",
-    "resume": "prune",
-    "compare": "prune",
-    "evaluate": "measure",
-    "inspect": "measure",
+    "prune": "runs",
+    "recover": "runs",
+    "align": "runs",
+    "resume": "runs",
+    "compare": "runs",
+    "evaluate": "look",
+    "inspect": "look",
     "report": "look",
     "status": "look",
-    "pack": "files",
-    "unpack": "files",
-    "export": "files",
-    "bench": "measure",
+    "pack": "look",
+    "unpack": "look",
+    "export": "look",
+    "bench": "look",
     "methods": "look",
 }
 """The verbs in the order of ``--help``, and the module of each."""

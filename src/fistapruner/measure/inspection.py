@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from ..core import NM, Constraint, parse_sparsity
 from ..core.constraints import patterns_met
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint, model_inside
+from ..models.layers import LayerwiseModel
 from ..models.low_rank import LowRankAdapter
-from ..models.operators import stored_model
+from ..models.operators import Operator, operators_by_weight
 from ..models.record import (
     MIN_ZEROS,
     read_pruning_record,
@@ -140,11 +142,12 @@ def inspect_checkpoint(
 
 def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, progress: Tick) -> Inspection:
     """Inspect an ordinary checkpoint, which ``folder`` holds, packed or as it is."""
-    record, found = read_pruning_record(checkpoint.folder), stored_model(checkpoint)
+    record, known, parameters = read_pruning_record(checkpoint.folder), dict[str, Operator](), None
+    with suppress(FistaPrunerError):  # its operators are not known then
+        model = LayerwiseModel(checkpoint, torch.device("cpu"))
+        known, parameters = operators_by_weight(model), model.stored_parameters()
     take_claimed_apart(checkpoint, record)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
-    known = {} if found is None else found.operators
-    parameters = None if found is None else found.parameters
     claims, faults = recorded_claims(record, entries)
     inputs_first = stores_inputs_first(claims, entries)
     if asked is not None:

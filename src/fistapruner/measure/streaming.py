@@ -142,7 +142,7 @@ def _reduce(
     with (
         torch.no_grad(),
         models[0].embeddings_and_head(),
-        models[1].embeddings_and_head(like=models[0]) if models[1:] else nullcontext(),
+        models[1].embeddings_and_head() if models[1:] else nullcontext(),
     ):
         heads = [model.head for model in models]
         for window in range(len(tokens)):

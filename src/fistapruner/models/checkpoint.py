@@ -8,10 +8,10 @@ is missing or cut short is named when the folder is opened.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,16 +123,6 @@ class Stack:
         return torch.stack([part.T if self.transposed else part for part in parts])
 
 
-class WeightFile(Protocol):
-    """Interface of one weight file."""
-
-    path: Path
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-    def read(self, name: str, number: int | None = None) -> Tensor: ...
-
-
 class PickleFile:
     """A legacy ``.bin`` file, unpickled as plain tensors only and mapped into memory."""
 
@@ -149,6 +139,9 @@ class PickleFile:
         """Copy a tensor, or its matrix ``tensor[number]``, out of the file."""
         held = self._tensors[name] if number is None else self._tensors[name][number]
         return held.detach().clone(memory_format=torch.contiguous_format)
+
+
+WeightFile = SafetensorsFile | PickleFile
 
 
 class Checkpoint:
@@ -322,7 +315,7 @@ def _other_model(folder: Path) -> str:
     return which_gguf(folder) or (resume if (folder / "run.json").is_file() else "")
 
 
-def _shards(folder: Path, index: str, kind: Callable[[Path], WeightFile]) -> dict[str, WeightFile]:
+def _shards(folder: Path, index: str, kind: type[SafetensorsFile] | type[PickleFile]) -> dict[str, WeightFile]:
     """Open the weight files that an index lists."""
     places = read_json_in(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:

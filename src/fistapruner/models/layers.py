@@ -26,7 +26,7 @@ from .build import build_model, find_decoder_layers, loaded_dtype, max_length, r
 from .checkpoint import Checkpoint
 from .experts import separate_experts
 from .low_rank import LowRankAdapter
-from .names import checkpoint_names, parameter_names, stored_names
+from .names import checkpoint_names, stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
@@ -123,9 +123,18 @@ class LayerwiseModel:
         self, shapes: Mapping[str, tuple[int, ...]] | None = None, dropped: Collection[str] = ()
     ) -> int:
         """Count the parameters, with other ``shapes`` of some stored tensors, and without ``dropped``."""
-        names = parameter_names(self.model, self._sources, self.checkpoint, self.checkpoint.same).difference(dropped)
         sizes = {entry.name: entry.shape for entry in self.checkpoint.stored} | dict(shapes or {})
-        return sum(math.prod(sizes[name]) for name in names)
+        return sum(math.prod(sizes[name]) for name in self.stored_parameters().difference(dropped))
+
+    def stored_parameters(self) -> set[str]:
+        """List the stored tensors that hold parameters: no buffers, and each shared one once."""
+        twins: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        found: set[str] = set()
+        for name, _ in self.model.named_parameters():
+            source, first = self._sources.get(name), self._sources.get(twins.get(name, name))
+            if source is not None and (first in (None, source) or not self.checkpoint.same(source, first)):
+                found.update(self.checkpoint.whole(source))
+        return found
 
     def layer_parameters(self, index: int) -> list[str]:
         """Return the names in the model of the parameters of decoder layer ``index``."""
@@ -176,14 +185,10 @@ class LayerwiseModel:
             self._free(names)
 
     @contextmanager
-    def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
-        """Load everything outside the decoder layers for the block: embeddings, final norm, head.
+    def embeddings_and_head(self, *, head: bool = True) -> Iterator[None]:
+        """Load everything outside the decoder layers for the block: embeddings, final norm, and ``head``.
 
         What another block around this one holds is neither loaded nor freed.
-
-        Args:
-            head: False leaves out the output head.
-            like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
         """
         prefix, tensors = self.layers_name + ".", self.model.state_dict(keep_vars=True)
         output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
@@ -192,7 +197,7 @@ class LayerwiseModel:
             names = [name for name in names if tensors[name] is not output.weight]
         headless = output is not None and output.weight.is_meta
         try:
-            self._load(names, {}, like)
+            self._load(names, {})
             if head and output is not None and output.weight.is_meta:
                 output.weight = embedding.weight
             yield
@@ -202,18 +207,15 @@ class LayerwiseModel:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
 
     @contextmanager
-    def resident(self, *, layers: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
-        """Keep weights loaded for the block; inside it nothing of them is loaded or freed again.
-
-        Without ``layers`` these are embeddings, final norm and head only. For ``like`` see :meth:`embeddings_and_head`.
-        """
+    def resident(self) -> Iterator[None]:
+        """Keep all weights loaded for the block; inside it nothing of them is loaded or freed again."""
         with ExitStack() as loaded:
-            loaded.enter_context(self.embeddings_and_head(like=like))
-            for index in range(len(self) if layers else 0):
+            loaded.enter_context(self.embeddings_and_head())
+            for index in range(len(self)):
                 loaded.enter_context(self.layer(index))
             yield
 
-    def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
+    def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
         """Load parameters and buffers to the device, in the dtypes of transformers (:func:`.loaded_dtype`)."""
         for name in names:
             source = self._sources[name]
@@ -226,27 +228,15 @@ class LayerwiseModel:
                 if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
                     raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
                 tensor = tensor.to(loaded_dtype(self.model, name, self.dtype))
-            tensor = tensor.to(self.device, non_blocking=True)
-            twin = None if like is None else like._held(name)
-            same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
-            assign(self.model, name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
-
-    def _held(self, name: str) -> Tensor | None:
-        """Return a loaded parameter or buffer; None where it is not there or not loaded."""
-        parent, _, key = name.rpartition(".")
-        try:
-            module = self.model.get_submodule(parent)
-        except AttributeError:
-            return None
-        held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
-        return None if held is None or held.is_meta else held.detach()
+            assign(self.model, name, tensor.to(self.device, non_blocking=True))
 
     def _free(self, names: list[str]) -> None:
         """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
+        held = self.model.state_dict()
         for name in names:
-            if (held := self._held(name)) is not None:
+            if name in held and not held[name].is_meta:
                 shape = self.checkpoint.entry(self._sources[name]).shape
-                assign(self.model, name, held.new_empty(shape, device="meta"))
+                assign(self.model, name, held[name].new_empty(shape, device="meta"))
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.

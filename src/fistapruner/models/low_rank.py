@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.files import (
-    PARTIAL,
     copy_atomic,
     disk_errors,
     entries,
@@ -34,7 +33,7 @@ from ..runtime.numerics import exact_products
 from .checkpoint import ADAPTER_CONFIG
 from .record import read_pruning_record
 from .safetensors import LazyTensors, SafetensorsFile, write_tensors
-from .write import checkpoint_folder, remove_unfinished
+from .write import checkpoint_folder
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
@@ -114,10 +113,7 @@ def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: 
 
 def remove_adapter(folder: Path) -> None:
     """Remove an adapter that a run has written, or what a kill has left; refuse other files."""
-    remove_unfinished(folder)
-    if not folder.is_dir():
-        return
-    if others := [path.name for path in entries(folder) if path.name not in (CONFIG, WEIGHTS, PARTIAL)]:
+    if others := [path.name for path in entries(folder) if path.name not in (CONFIG, WEIGHTS)]:
         raise FistaPrunerError(f"{folder / others[0]} was not written by this run: move it away, and run it again")
     remove_folder(folder)
 

@@ -175,19 +175,3 @@ def checkpoint_names(
         lost = f"tensor {missing[0]!r}{more} of {type(model).__name__}"
         raise FistaPrunerError(f"{checkpoint.folder}: {lost} is not in it")
     return sources
-
-
-def parameter_names(
-    model: Any, sources: Mapping[str, str], checkpoint: Checkpoint, same: Callable[[str, str], bool]
-) -> set[str]:
-    """List the stored tensors that hold parameters of a model: no buffers, and each shared one once.
-
-    ``sources`` are the stored names by the model's; ``same`` compares two: a tied tensor may be stored twice.
-    """
-    twins: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    found: set[str] = set()
-    for name, _ in model.named_parameters():
-        source, first = sources.get(name), sources.get(twins.get(name, name))
-        if source is not None and (first in (None, source) or not same(source, first)):
-            found.update(checkpoint.whole(source))
-    return found

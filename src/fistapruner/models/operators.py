@@ -7,11 +7,11 @@ which is the order of intra-layer error correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..settings.parse import matches
-from .build import build_model, find_decoder_layers
-from .checkpoint import Checkpoint
-from .experts import Experts, separate_experts
+from .experts import Experts
 from .layers import Call, LayerwiseModel
-from .names import checkpoint_names, parameter_names, stored_names
 
 if TYPE_CHECKING:
     from ..settings.prune import Recipe
@@ -371,52 +368,10 @@ def _residual_writers(
     return tuple(found) if alike(out, total) else ()
 
 
-class StoredModel(NamedTuple):
-    """Operators by their stored weights; the stored parameters, None where one is missing."""
-
-    operators: dict[str, Operator]
-    parameters: set[str] | None
-
-
-def stored_model(
-    checkpoint: Checkpoint,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    same: Callable[[str, str], bool] | None = None,
-) -> StoredModel | None:
-    """Find the operators of the decoder layers, and the parameters, by the names of the stored tensors.
-
-    Tensors of all experts are taken apart. No code of the checkpoint runs.
-
-    Args:
-        checkpoint: the checkpoint.
-        shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None for one that is not packed.
-        same: compares two tensors of a packed checkpoint.
-
-    Returns:
-        None where the model cannot be built, or its tensors are not those of the checkpoint.
-    """
-    try:
-        model = build_model(checkpoint, packed=shapes is not None)
-        prefix, layers = find_decoder_layers(model)
-        found = stored_names(model, checkpoint.names() if shapes is None else list(shapes))
-        names = separate_experts(model, prefix, layers, checkpoint, found)
-        if shapes is None:
-            names = checkpoint_names(model, checkpoint, names, found.joined)
-        operators = operators_by_weight(prefix, layers, names.__getitem__)
-        parameters = parameter_names(model, names, checkpoint, same or checkpoint.same)
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        complete = all(name in names or name in tied for name, _ in model.named_parameters())
-        return StoredModel(operators, parameters if complete else None)
-    except (FistaPrunerError, KeyError):  # a weight without a stored name
-        return None
-
-
-def operators_by_weight(
-    layers_name: str, layers: Iterable[nn.Module], stored: Callable[[str], str]
-) -> dict[str, Operator]:
-    """Return the operators of decoder layers, with full names, by the names of their stored weights."""
+def operators_by_weight(model: LayerwiseModel) -> dict[str, Operator]:
+    """Return the operators of all decoder layers, with full names, by the names of their stored weights."""
     return {
-        stored(f"{name}.weight"): Operator.of(name, module)
-        for index, layer in enumerate(layers)
-        for name, module in ((f"{layers_name}.{index}.{name}", module) for name, module in linear_modules(layer))
+        model.source(f"{full}.weight"): Operator.of(full, module)
+        for index, layer in enumerate(model.layers)
+        for full, module in ((model.full_name(index, name), module) for name, module in linear_modules(layer))
     }

@@ -1,13 +1,14 @@
 """Write checkpoint folders, one tensor in memory at a time; a folder appears whole or not at all.
 
-It is built as ``OUT.partial`` and renamed when everything is in it; what a killed attempt has left is removed.
+It is built under another name and renamed when everything is in it; what a killed attempt has left is removed.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,14 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..runtime.files import (
-    PARTIAL,
-    claim_folder,
     copy_atomic,
     disk_errors,
-    publish_folder,
     remove_folder,
     require_space,
     require_utf8,
     sha256_file,
+    sync_folder,
+    unfinished,
     write_json_atomic,
     write_text_atomic,
 )
@@ -149,34 +149,27 @@ def require_new(out: Path, source: Path | None = None) -> None:
 def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
     """Make a folder that appears as ``out`` only when the block ends without an error.
 
-    The folder is built as ``OUT.partial``, which the block is given, then fsynced and renamed; what a killed attempt
-    has left is removed first. Then the disk must have ``nbytes``.
+    The block is given the :func:`~fistapruner.runtime.files.unfinished` folder, which is then fsynced and renamed; what
+    a killed attempt has left is removed first. Then the disk must have ``nbytes``.
 
     Raises:
-        FistaPrunerError: ``out`` exists, the temporary folder holds files of others, or the disk is full or refuses the
-            write.
+        FistaPrunerError: ``out`` exists, or the disk is full or refuses the write.
     """
     require_new(out)
-    partial = out.with_name(out.name + PARTIAL)
-    claim_folder(partial)
-    remove_folder(partial, partial / PARTIAL)
+    remove_folder(out)
     require_space(out, nbytes)
-    claim_folder(partial)
+    partial = unfinished(out)
+    with disk_errors(partial):
+        partial.mkdir(parents=True)
     try:
         yield partial
-        publish_folder(partial, out)
+        with disk_errors(out):
+            sync_folder(partial)
+            os.rename(partial, out)
+            sync_folder(out.parent)
     except BaseException:
-        with suppress(FistaPrunerError):  # the error that ended the block is reported
-            remove_folder(partial, partial / PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def remove_unfinished(out: Path) -> None:
-    """Remove what a killed attempt at a folder has left; refuse a link and others' files."""
-    partial = out.with_name(out.name + PARTIAL)
-    if partial.is_dir():
-        claim_folder(partial)
-        remove_folder(partial, partial / PARTIAL)
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]]) -> None:

@@ -23,9 +23,8 @@ from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
-from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
-from .removal import remove_units
+from .removal import remove_experts, remove_units, routed_problem, routing_warnings
 
 ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
 """What a layer's relative error is relative to, as the report says it."""
@@ -109,9 +108,7 @@ def _prune_groups(
     """Remove channels and experts, and prune the operators, of one group after another."""
     for number, group in passes.groups:
         for unit in passes.mixtures_before(number):
-            tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
-            record.weights |= tensors
-            record.removals.append(removal)
+            remove_experts(context, index, unit, passes, clock, loaded, record)
             release_memory()
         if consumers := passes.cut_before(number):
             remove_units(context, index, consumers, passes, clock, measures, events.operators, record)

@@ -1,12 +1,14 @@
-"""Remove channels of one decoder layer: choose them, cut them out, describe what was done.
+"""Remove channels and experts of one decoder layer; make the layer problems of single experts.
 
-It happens before the first operator that loses outputs is pruned, on the hidden states of the pruned prefix. What
-comes after sees a smaller layer, whose targets are still the dense model's outputs.
+Channels are removed before the first operator that loses outputs is pruned, on the hidden states of the pruned
+prefix. What comes after sees a smaller layer, whose targets are still the dense model's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +17,21 @@ from torch import Tensor
 
 from ..allocate.channels import channel_order, raised_shares
 from ..allocate.measure import permutes
-from ..core import NM
+from ..core import NM, LayerProblem, ProblemSums
+from ..models.experts import Experts
 from ..papers.goa import fit_and_choose
 from ..runs.records import OperatorEntry, RemovalEntry
 from ..runtime.show import Clock
 from ..structure.choose import best_channels
-from ..structure.refit import Removal, removal_error, remove_channels
-from ..structure.units import Unit
+from ..structure.experts import fewer_experts, kept_experts, reap_scores
+from ..structure.refit import Removal, problem_without_tokens, removal_error, remove_channels, share_of_few, shrunk
+from ..structure.units import EXPERTS, Unit
 from .context import LayerContext, LayerMeasures, LayerRecord
 from .passes import LayerPasses
+
+FEW = "fewer tokens than inputs"
+SHRUNK = ", so their Grams are shrunk towards the diagonal"
+NONE = "no token was routed to them, so they are pruned by magnitude"
 
 
 def remove_units(
@@ -200,3 +208,111 @@ def _entry(
         steps=steps,
         tokens=tokens,
     )
+
+
+def routed_problem(sums: ProblemSums, name: str, target: float, *, release: bool = True) -> LayerProblem:
+    """Make the layer problem of a group of an expert's operators, whatever the number of its tokens.
+
+    With p tokens, fewer than the n inputs, the Gram is singular, and least squares would fit noise. It is shrunk
+    towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structure.refit`): the penalty on changes of
+    weights is n / p. Errors are then those under the shrunk Gram, as shares of the energy under it. Without tokens the
+    Gram is the identity: all inputs count alike.
+
+    Args:
+        sums: of the tokens that were routed to the expert.
+        name: of the operators.
+        target: share of the dense model's output in the target.
+        release: the sums will not be used again.
+    """
+    if not sums.tokens:
+        return problem_without_tokens(sums.weight, name)
+    problem = sums.problem(name, target, release=release)
+    share = share_of_few(problem.shape[1], sums.tokens)
+    return problem if share is None else replace(shrunk(problem, share), energy=None)
+
+
+def routing_warnings(
+    layer: str, operators: Sequence[OperatorEntry], removals: Sequence[RemovalEntry], mixtures: Iterable[str]
+) -> list[str]:
+    """Name the experts of a layer that few calibration tokens, or none, were routed to.
+
+    Args:
+        layer: name of the decoder layer.
+        operators: the report's entries of its operators.
+        removals: of what was removed.
+        mixtures: names of its modules of experts.
+    """
+    warnings = []
+    solved = any(entry.tokens and entry.sparsity != "0%" for entry in operators)
+    fits = solved or any(entry.tokens and entry.shrink for entry in removals)  # flap alone, for one, does not
+    read = [(entry.name, entry.tokens, entry.shape[1]) for entry in operators]
+    read += [(entry.consumer, entry.tokens, entry.before) for entry in removals]
+    for mixture in mixtures:
+        tokens: dict[str, int] = {}
+        inputs: dict[str, int] = {}
+        for name, count, columns in read:
+            if count is not None and name.startswith(mixture + "."):
+                expert = name.removeprefix(mixture + ".").partition(".")[0]
+                tokens[expert], inputs[expert] = count, max(inputs.get(expert, 0), columns)
+        none = [expert for expert, count in tokens.items() if not count]
+        few = [f"{expert} ({count} tokens)" for expert, count in tokens.items() if 0 < count < inputs[expert]]
+        warnings += [
+            f"{layer}.{mixture}: experts {', '.join(found)}: {said}"
+            for found, said in ((none, NONE), (few, FEW + SHRUNK if fits else FEW))
+            if found
+        ]
+    return warnings
+
+
+def remove_experts(
+    context: LayerContext,
+    index: int,
+    unit: Unit,
+    passes: LayerPasses,
+    clock: Clock,
+    loaded: ExitStack,
+    record: LayerRecord,
+) -> None:
+    """Remove experts of a loaded decoder layer, until ``loaded`` is left.
+
+    Args:
+        context: model and settings.
+        index: number of the layer.
+        unit: the mixture, and how many of its experts stay.
+        passes: passes through the layer.
+        clock: counts the time.
+        loaded: holds the layer.
+        record: receives the tensors that are others now, with all bits that the checkpoint has, and the report's entry.
+    """
+    model = context.model
+    layer = model.layers[index]
+
+    def stored(name: str) -> str:
+        return model.source_of(index, name)
+
+    routed = passes.routed_to(unit.name)
+    experts = layer.get_submodule(unit.name)
+    assert isinstance(experts, Experts)
+    with clock.phase("structure"):
+        scores = reap_scores(experts, routed, model.device)
+        keep = kept_experts(scores, unit)
+        loaded.enter_context(fewer_experts(layer, unit, keep))
+    passes.rerouted(unit.name)
+    with clock.phase("io"):
+        for name, (dim, places) in unit.tensors(keep).items():
+            record.weights[stored(name)] = model.checkpoint.read(stored(name)).index_select(dim, places)
+        for place, number in enumerate(keep.tolist()):
+            for name, _ in experts.get_submodule(str(place)).named_parameters() if place != number else ():
+                source, old = (stored(f"{unit.name}.{each}.{name}") for each in (place, number))
+                record.weights[source] = model.checkpoint.read(old).to(model.checkpoint.entry(source).dtype)
+    entry = RemovalEntry(
+        unit=EXPERTS,
+        kept=keep.tolist(),
+        scores=scores.tolist(),
+        consumer=unit.name,
+        before=unit.before,
+        after=unit.after,
+        method="reap",
+        compensate="none",
+    )
+    record.removals.append(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import LayerProblem
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.data import check_data
 from ..measure.run import measure
@@ -43,11 +42,8 @@ from .inputs import Request, check_sources, check_tokens, open_operators
 from .opened import RunContext
 from .result import refuse_foreign_files, reporting_failure
 from .settle import settle
-from .workers import prune_layers
+from .workers import Inspect, prune_layers
 from .write import write
-
-Inspect = Callable[[int, int, LayerProblem], None]
-"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 
 @undisturbed()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +14,6 @@ from ..allocate.fisher import DensePasses
 from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
-from ..models.source import ModelSource
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import scratch_factory
 from ..planning import Choice, make_plan
@@ -76,7 +74,7 @@ def settle(
     with cpu_threads(numerics.threads):
         settings, begin = recipe.calibration, time.perf_counter()
         listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
-        tokens, how = drawn or _draw_windows(run, recipe, inputs, seqlen, drawing, listener)
+        tokens, how = drawn or _draw_windows(recipe, inputs, seqlen, listener)
         inputs.model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
@@ -135,9 +133,7 @@ def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | Non
     return json.dumps([calibration.model_dump(mode="json"), *place, text, tokenizer])
 
 
-def _draw_windows(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, seqlen: int, drawing: str, listener: Listener
-) -> tuple[Tensor, dict[str, Any]]:
+def _draw_windows(recipe: Recipe, inputs: Inputs, seqlen: int, listener: Listener) -> tuple[Tensor, dict[str, Any]]:
     """Draw (samples, seqlen) calibration windows; returns them, and how they were drawn."""
     settings = recipe.calibration
 
@@ -145,8 +141,7 @@ def _draw_windows(
         limit = recipe.execution.memory_limit
         return load_writer(inputs.source, inputs.model, settings.samples, seqlen, limit, "--calibration")
 
-    kept = {"begun": run.begun_texts(drawing), "keep": partial(run.keep_texts, drawing)}
-    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say, **kept)
+    return calibration_tokens(settings, inputs.source.tokenizer(), seqlen, load_model, listener.say)
 
 
 def _measure(
@@ -228,30 +223,9 @@ def common_fields(
         recipe: all settings, resolved.
         threads: CPU threads of each worker.
     """
-    facts = describe_model(inputs.source, request.model, inputs.model)
-    return {
-        "command": request.command,
-        "started": now(),
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": versions(),
-        "machine": describe_machine(inputs.model.device, threads),
-        "model": facts,
-        "lineage": lineage_of(inputs.source.folder) or Lineage(source=facts),
-        "warnings": [*inputs.warnings],
-    }
-
-
-def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
-    """Describe the model that a run changes.
-
-    Args:
-        source: its folder.
-        name: as the user named it.
-        model: the opened model.
-    """
-    checkpoint = model.checkpoint
-    return ModelFacts(
-        source=name,
+    source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
+    facts = ModelFacts(
+        source=request.model,
         revision=source.revision(),
         architecture=type(model.model).__name__,
         layers=len(model),
@@ -261,6 +235,16 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         license=source.license(),
         own_code=source.own_code(),
     )
+    return {
+        "command": request.command,
+        "started": now(),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": describe_machine(model.device, threads),
+        "model": facts,
+        "lineage": lineage_of(source.folder) or Lineage(source=facts),
+        "warnings": [*inputs.warnings],
+    }
 
 
 def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int) -> Numerics:

@@ -45,7 +45,7 @@ from .opened import RunContext
 log = logging.getLogger("fistapruner")
 
 Inspect = Callable[[int, int, LayerProblem], None]
-"""Receives (layer, group, problem) before each solve."""
+"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 ATTEMPTS = 3
 """Attempts at one layer before the run stops, since a layer may kill its worker every time."""

@@ -255,7 +255,7 @@ def _kept_claims(
         claims, _ = recorded_claims(changed.earlier, model.checkpoint)
     except FistaPrunerError:
         return {}
-    operators = operators_by_weight(model.layers_name, model.layers, model.source) if claims else {}
+    operators = operators_by_weight(model) if claims else {}
     for name, claim in claims.items():
         if name in changed.gone or own.get(name, {}).get("sparsity", "0%") != "0%":
             continue

@@ -10,7 +10,7 @@
 
 Of a pruning run:
 
-        calibration.safetensors    the token ids; calibration.begun.safetensors: what the model has written so far
+        calibration.safetensors    the token ids
         metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
         layers/                    the finished decoder layers (:class:`LayerJournal`)
         bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
@@ -42,7 +42,6 @@ from ..errors import FistaPrunerError, unreadable
 from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
 from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
 from ..models.safetensors import SafetensorsFile, write_tensors
-from ..models.write import remove_unfinished
 from ..runtime.files import (
     BYSTANDERS,
     PARTIAL,
@@ -152,7 +151,7 @@ class RunDirectory(Generic[R_co]):
     def _foreign(self) -> list[str]:
         """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
         text = self.text_name
-        names = rf"{EARLY}|lock|{text}(\.begun)?\.safetensors{re.escape(PARTIAL)}|{text}\.begun\.safetensors"
+        names = rf"{EARLY}|lock|{text}\.safetensors{re.escape(PARTIAL)}"
         with suppress(*UNREADABLE):
             if DRAWING in SafetensorsFile(self.text_file).metadata:
                 names += rf"|{text}\.safetensors|{DRAWN}"
@@ -274,8 +273,6 @@ class RunDirectory(Generic[R_co]):
         record = self.model_record()
         if not self.model.is_dir():
             return f"{self.model} is gone"
-        if (self.model / PARTIAL).exists():
-            return f"writing {self.model} was interrupted"
         for name, sampled in record.files.items() if record else ():
             if name != CARD and not (path := self.model / name).is_file():
                 return f"{path} is gone"
@@ -302,8 +299,7 @@ class RunDirectory(Generic[R_co]):
         """
         record = self.model_record()
         own = {*record.files, CARD} if record else set()
-        others = sorted(self._model_names() - own)
-        if others and not (self.model / PARTIAL).exists():  # which marks a folder as not yet anybody else's
+        if others := sorted(self._model_names() - own):
             lost = "" if record else " as far as is known: its model.json is gone"
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run{lost}: move it away, and run the same "
@@ -313,16 +309,13 @@ class RunDirectory(Generic[R_co]):
     def remove_model(self) -> None:
         """Remove the checkpoint, or what a killed attempt has left of it.
 
-        What shows that the run wrote them goes last, so that a removal that was killed can be done again.
         ``model.json`` stays: it tells whose the files are.
 
         Raises:
             FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
         self.check_model()
-        remove_unfinished(self.model)
-        if self.model.is_dir():
-            remove_folder(self.model, self.model / PRUNING_RECORD)
+        remove_folder(self.model)
 
     def remove_weights(self) -> None:
         """Remove what is as large as the model, and the times that were spent on it; the records stay."""
@@ -331,7 +324,7 @@ class RunDirectory(Generic[R_co]):
         (self.folder / TIMES).unlink(missing_ok=True)
 
     def _model_names(self) -> set[str]:
-        files = (path for path in self.model.rglob("*") if not path.is_dir() and path.name != PARTIAL)
+        files = (path for path in self.model.rglob("*") if not path.is_dir())
         return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
 
 
@@ -363,7 +356,6 @@ class PruneDirectory(RunDirectory[PruneRecord]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.begun_file = folder / "calibration.begun.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
@@ -380,19 +372,6 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         ids = tokens.to(torch.int64)
         about = {DRAWING: drawing, "how": json.dumps(how), "sha256": tokens_sha256(ids)}
         write_tensors(self.text_file, {"tokens": ids}, about)
-        self.begun_file.unlink(missing_ok=True)
-
-    def keep_texts(self, drawing: str, texts: Tensor, random: Tensor) -> None:
-        """Store what the model has written so far, and the state of the random numbers."""
-        write_tensors(self.begun_file, {"texts": texts, "random": random}, {DRAWING: drawing})
-
-    def begun_texts(self, drawing: str) -> tuple[Tensor, Tensor] | None:
-        """Read what :meth:`keep_texts` stored; None unless by the same settings and model."""
-        with suppress(*UNREADABLE):
-            file = SafetensorsFile(self.begun_file)
-            if file.metadata[DRAWING] == drawing:
-                return file.read("texts"), file.read("random")
-        return None
 
     def drawn(self, drawing: str | None = None) -> tuple[Tensor, dict[str, Any]] | None:
         """Read the token ids and how they were drawn; None where gone, damaged or of another ``drawing``."""

@@ -113,46 +113,22 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
-def claim_folder(folder: Path) -> None:
-    """Make a folder for an unfinished output, or take over the folder of a killed attempt.
+def unfinished(folder: Path) -> Path:
+    """Return the name under which a folder is written and removed, which no folder of others has."""
+    return folder.with_name(f"{folder.name}.fistapruner{PARTIAL}")
 
-    The file :data:`PARTIAL` inside marks it as written by fistapruner, until :func:`publish_folder` removes it.
-    """
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder at once, and what killed attempts to write or remove it have left."""
+    partial = unfinished(folder)
     refuse_link(folder)
+    refuse_link(partial)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / PARTIAL).exists() and entries(folder):
-            raise FistaPrunerError(
-                f"{folder} holds files that fistapruner did not write: move it away, or name another output"
-            )
-    os.close(open_file(folder / PARTIAL))
-
-
-def publish_folder(partial: Path, out: Path) -> None:
-    """Rename a folder of :func:`claim_folder` to its final name.
-
-    A process killed between the two steps leaves the empty file :data:`PARTIAL` in a complete folder.
-    """
-    with disk_errors(out):
-        sync_folder(partial)
-        os.rename(partial, out)
-        (out / PARTIAL).unlink(missing_ok=True)
-        sync_folder(out)
-        sync_folder(out.parent)
-
-
-def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; what tells whose it is goes ``last``, so that a killed removal can be repeated."""
-    refuse_link(folder)
-    with disk_errors(folder):
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path not in last:
-                path.unlink()
-        for path in last:
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        if partial.exists():
+            shutil.rmtree(partial)
+        if folder.exists():
+            os.rename(folder, partial)
+            shutil.rmtree(partial)
 
 
 def temporary_folder() -> TemporaryDirectory[str]:

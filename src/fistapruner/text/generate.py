@@ -30,7 +30,7 @@ TEXT_LENGTH = 512
 """Tokens of a generated text, at most: about the mean of a C4 document; longer texts cost more per token."""
 
 BATCH = {"cpu": (32, 2**30), "cuda": (128, 2**32)}
-"""Texts of a batch, and bytes of their keys and values, at most. On a CPU finished texts are kept more often."""
+"""Texts of a batch, and bytes of their keys and values, at most."""
 
 
 def generate_tokens(
@@ -41,8 +41,6 @@ def generate_tokens(
     *,
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-    begun: tuple[Tensor, Tensor] | None = None,
-    keep: Callable[[Tensor, Tensor], None] = lambda *_: None,
 ) -> Tensor:
     """Sample (samples, seqlen) int64 tokens; the same ones for the same model, seed and kind of device.
 
@@ -50,8 +48,6 @@ def generate_tokens(
         model, tokenizer: of transformers.
         samples, seqlen, seed: windows, tokens in each, and of the random numbers, which are drawn on the CPU.
         say: is told how many windows are done, at each tenth.
-        begun: what ``keep`` received last in an attempt that was stopped.
-        keep: receives the (texts, length) texts so far and the state of the random numbers after every batch.
 
     Raises:
         FistaPrunerError: the model's logits are not finite, or it cannot generate.
@@ -60,8 +56,7 @@ def generate_tokens(
 
     texts, length, batch, _ = _sizes(model, samples, seqlen)
     random = torch.Generator().manual_seed(seed)
-    found, state = begun or (torch.zeros(0, length, dtype=torch.int64), random.get_state())
-    random.set_state(state)
+    found = torch.zeros(0, length, dtype=torch.int64)
     begin, tenth, total = time.monotonic(), 0, texts * length
 
     def report(start: int, count: int, step: int) -> None:
@@ -83,7 +78,6 @@ def generate_tokens(
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # also memory that runs out
             reason = f"{one_line(error)}; take text instead, such as c4, python or a file"
             raise FistaPrunerError(f"{type(model).__name__} cannot generate text: {reason}") from error
-        keep(found, random.get_state())
     return found.view(samples, -1)[:, :seqlen].contiguous()
 
 

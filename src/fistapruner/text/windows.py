@@ -58,7 +58,6 @@ def calibration_tokens(
     seqlen: int,
     load_model: Callable[[], Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
-    **kept: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows.
 
@@ -69,7 +68,6 @@ def calibration_tokens(
         settings, tokenizer, seqlen: what is drawn, a ``transformers`` tokenizer, and tokens in a window.
         load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, as sentences.
-        **kept: ``begun`` and ``keep`` of :func:`generate_tokens`, where the model writes the one source.
 
     Returns:
         (samples, seqlen) int64 token ids, and the facts: ``source``, ``how`` (how windows were drawn), ``documents``
@@ -85,8 +83,8 @@ def calibration_tokens(
         samples, documents = int((drawn == number).sum()), None
         if source == SELF:
             assert load_model is not None
-            kept, how = {} if settings.tasks else kept, GENERATED
-            own = generate_tokens(load_model(), tokenizer, samples, seqlen, seed=seed, say=say, **kept)
+            how = GENERATED
+            own = generate_tokens(load_model(), tokenizer, samples, seqlen, seed=seed, say=say)
         else:
             texts = source_documents(source)
             own, how = draw_from_documents(texts, tokenizer, samples, seqlen, seed=seed, source=source)

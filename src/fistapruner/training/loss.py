@@ -162,14 +162,9 @@ class Objective:
         self.model, self.run, self.text, self.loss, self.teacher = model, run, text, loss, teacher
         self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
 
-    def resident(self, *, shared: bool = True) -> AbstractContextManager[None]:
-        """Keep the final norm and head of the dense model loaded for the block.
-
-        They are the trained model's own, if ``shared``, where they are the same: not where these change in place.
-        """
-        if self.teacher is None:
-            return nullcontext()
-        return self.teacher.dense.resident(layers=False, like=self.model if shared else None)
+    def resident(self) -> AbstractContextManager[None]:
+        """Keep the final norm and head of the dense model loaded for the block."""
+        return nullcontext() if self.teacher is None else self.teacher.dense.embeddings_and_head()
 
     def counts(self, windows: Sequence[int]) -> Tensor:
         """Count the (windows,) tokens that carry loss, or pairs, that each window's loss is a sum over."""

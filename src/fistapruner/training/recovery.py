@@ -201,7 +201,7 @@ class Recovery:
             if self.low_rank is not None:  # of what is trained, it is added to the masters
                 operators = {name for name, _ in self.layout.operators()} if self.recipe.parameters != "norms" else ()
                 self.model.low_rank = self.low_rank.without(operators)
-            loaded.enter_context(self.model.resident(layers=False))
+            loaded.enter_context(self.model.embeddings_and_head())
             trained = self._trainable(loaded)
             states = self.run.states if self.world.size == 1 else ShardedSnapshots(self.run.states.folder, self.world)
             lines = read_steps(self.run.steps_file)
@@ -269,7 +269,7 @@ class Recovery:
             after_snapshot=after,
             agree=world.tell,
         )
-        with objective.resident(shared=not zeroth):
+        with objective.resident():
             return loop.run(state)
 
     def runner(self, trained: Trained | ForwardOnly) -> Any:
