@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from ..runs.log import Listener, StepJournal
 from ..runs.store import Snapshots, snapshot_interval
+from ..runtime.show import duration
 
 CHECKS = 8
 """Checks on what is held out, at equal distances."""
@@ -129,9 +130,13 @@ class Loop:
                 self._begin()
             else:
                 self.listener.say(f"going on after step {whole} of {self.steps}")
-            last = time.monotonic()
+            first, begin = self.state.step, time.monotonic()
+            last = begin
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._step()
+                done, ahead = self.state.step - first, self.steps - self.state.step
+                if checked:
+                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
                 self.listener.tick(self.what, self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked or self.state.stopped or late:
@@ -154,9 +159,9 @@ class Loop:
         self.listener.tick(self.what, 0, self.steps)
         self._snapshot()
 
-    def _step(self) -> bool:
-        """Take one step and journal it; say whether a check followed."""
-        begin, state, checked = time.perf_counter(), self.state, False
+    def _step(self) -> tuple[float, bool] | None:
+        """Take one step and journal it; returns the held-out loss and whether it is the best, where due."""
+        begin, state, checked = time.perf_counter(), self.state, None
         number = state.step = state.step + 1
         factor = state.rate * self.descent.factor(number, self.steps)
         loss, size = self.step(number, factor)
@@ -169,32 +174,39 @@ class Loop:
             state.stopped = True
             line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
             self.listener.say(state.fault)
-        elif checked := check_due(number, self.steps):
+        elif check_due(number, self.steps):
             held_out, by_task = self.held_out()
-            line |= {"held_out": held_out, "kept": self._check(held_out), "by_task": by_task}
+            checked = held_out, self._check(held_out)
+            line |= {"held_out": held_out, "kept": checked[1], "by_task": by_task}
         self._note(line, begin)
         return checked
 
     def _check(self, loss: float) -> bool:
         """Keep the present weights if their held-out loss is the lowest, else go back; say which."""
         state = self.state
-        if kept := loss < state.best:
+        if loss < state.best:
             state.best, state.best_step = loss, state.step
             self.trained.keep()
-        elif self.descent.goes_back:
+            return True
+        if self.descent.goes_back:
             state.rate *= BACK_OFF
             self.trained.restore()
             state.stopped = state.rate < SMALLEST
-        how = "kept" if kept else "not better"
-        how += ", so training ends: the learning rate would become too small" if state.stopped else ""
-        losses = f"held-out loss {loss:.4f} (before {state.before:.4f})"
-        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
-        return kept
+        return False
 
     def _note(self, line: dict[str, Any], begin: float) -> None:
         """Append a line to the journal, with the seconds since ``begin``."""
         if self._journal is not None:
             self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+
+    def _say_check(self, held_out: float, kept: bool, left: float) -> None:
+        state, how = self.state, "kept" if kept else "not better"
+        if state.stopped:
+            how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
+        elif state.step < self.steps:
+            how += f", about {duration(left)} left"
+        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
+        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
 
     def _snapshot(self) -> None:
         if self.states is None:
