@@ -178,7 +178,7 @@ class Drift:
             self._residual = None
 
     def _residual_drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """Compute dense less pruned residual stream, (tokens, width), that group ``number`` adds to; it is cut."""
+        """Compute the drift, (tokens, width), of the residual stream that group ``number`` adds to; cut."""
         if number == self._writers[0]:
             assert self._dense is not None
             drift = self._dense.read(start, stop, device, torch.float32).sub_(self._seen.read(start, stop, device))

@@ -74,7 +74,7 @@ class LayerPasses:
             self.wanted = streams.dense_out or self._store("wanted")
 
     def begin(self) -> None:
-        """Run the dense layer once, if the dense model is needed, and complete the outputs of block reconstruction.
+        """Run the dense layer once, if it is needed; complete the outputs of block reconstruction.
 
         The pass gathers the sums of the groups whose inputs are the same in the pruned layer, keeps the dense inputs or
         outputs of the others, and writes the dense hidden states for the next layer.

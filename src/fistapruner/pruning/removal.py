@@ -28,7 +28,7 @@ from .passes import LayerPasses
 
 
 def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, record: LayerRecord) -> float:
-    """Remove inputs of group ``number``, one operator, and the outputs it reads; return its relative error.
+    """Remove inputs of group ``number`` and the outputs it reads; return its relative error.
 
     Args:
         passes: passes through the layer, which is loaded.
