@@ -122,7 +122,8 @@ class Plan:
     def says(self) -> list[str]:
         """Say the plan in sentences."""
         kinds = {"GPU memory": self.device_memory, "main memory" if self.device_memory else "memory": self.memory}
-        peaks = [f"{size(max(found.values()))} of {kind} ({_worst(found)})" for kind, found in kinds.items() if found]
+        worst = {kind: max(found, key=found.__getitem__) for kind, found in kinds.items() if found}
+        peaks = [f"{size(kinds[kind][stage])} of {kind} ({stage})" for kind, stage in worst.items()]
         each = " in each worker" if self.workers > 1 else ""
         said = [*self.notes, f"plan: at most {' and '.join(peaks)}{each}, {size(self.disk)} of disk"]
         if self.device_memory:
@@ -174,7 +175,6 @@ def make_plan(
     """
     execution, device = recipe.execution, model.device
     workers = 1 if recipe.propagate == "pruned" else min(local_workers(execution), len(model))
-    seconds = None
     try:
         with cpu_threads(default_threads(execution)):
             bound = Bound(model, layout, recipe, sparsity, widths)
@@ -184,8 +184,7 @@ def make_plan(
             disk, place = bound.disk(choice, writing), existing_folder(out)
             if (free := shutil.disk_usage(place).free) < disk:
                 raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
-            if timed:
-                seconds = bound.seconds(choice)
+            seconds = bound.seconds(choice) if timed else None
     except torch.OutOfMemoryError:
         raise FistaPrunerError(
             f"the {size(free_device_memory(device))} that are free on {device} are not enough for one window through "
@@ -198,11 +197,6 @@ def make_plan(
         require_whole(whole, device, execution.memory_limit, "--calibration self", instead)
         (on_gpu or memory)[GENERATING] = whole if on_gpu else bound.base + whole
     return Plan(choice, memory, on_gpu, disk, workers, changed, seconds)
-
-
-def _worst(stages: Mapping[str, int]) -> str:
-    """Return the stage that needs most."""
-    return max(stages, key=stages.__getitem__)
 
 
 class Group(NamedTuple):
@@ -258,7 +252,8 @@ class Bound:
         tokens = torch.randint(model.vocabulary, (1, self.seqlen), generator=torch.Generator().manual_seed(0))
         with model.embeddings_and_head(head=False):
             hidden, calls = model.embed(tokens)
-        for index in {self._heaviest(), self.widest[1]}:
+        self.heaviest = max(layers, key=layout.weights)
+        for index in {self.heaviest, self.widest[1]}:
             self._measure_pass(index, hidden, calls[index])
 
     def _count_layer(self, index: int) -> None:
@@ -331,7 +326,7 @@ class Bound:
         for name, sums, solving, _ in self.groups:
             found[f"pruning {name}"] = max(found.get(f"pruning {name}", 0), loaded + max(sums + passing, solving))
         if recipe.reconstruct:
-            trained = RECONSTRUCTION * self.layout.weights(self._heaviest()) + self.layer + 3 * self.metric
+            trained = RECONSTRUCTION * self.layout.weights(self.heaviest) + self.layer + 3 * self.metric
             found["block reconstruction"] = loaded + trained + self.backward + 4 * self.window
         if self.widths is not None:  # the smaller layer is proven beside the dense one; bypass learns on longer batches
             windows = max(batch, -(-SEQUENCES * LENGTH // self.seqlen) * (recipe.structure.method == "bypass"))
@@ -385,10 +380,6 @@ class Bound:
         states = 0 if choice.on_disk else self._measured_states()
         return windows_measured(self.samples) * self.window + states + metrics
 
-    def _heaviest(self) -> int:
-        """Return the layer with the most weights."""
-        return max(range(len(self.model)), key=self.layout.weights)
-
     def seconds(self, choice: Choice) -> float:
         """Estimate the seconds to prune all layers: the heaviest is pruned on one batch of random tokens.
 
@@ -408,7 +399,7 @@ class Bound:
             streams = streams if recipe.dense_share else LayerStreams(None, pruned, None, pruned_out)
         timed = recipe.model_copy(update={"reconstruct": steps})
         context = LayerContext(model, self.layout, timed, self.sparsity, calls, store, widths=self.widths)
-        seconds = dict(prune_layer(context, self._heaviest(), streams).entry.seconds)
+        seconds = dict(prune_layer(context, self.heaviest, streams).entry.seconds)
         passing = sum(seconds.pop(phase, 0.0) for phase in ("capture", "gram")) * self.samples / len(tokens)
         if steps:
             seconds["reconstruct"] *= passes(recipe.reconstruct, self.samples) / passes(steps, len(tokens))
@@ -462,7 +453,7 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
     chosen = next((choice for choice in choices if not short(choice)), None)
     if chosen is None:
         given, sharing, stages = short(choices[-1])[0]
-        needs = f"{_worst(stages)} needs {size(max(stages.values()))}"
+        needs = f"{max(stages, key=stages.__getitem__)} needs {size(max(stages.values()))}"
         each = f" in each of {sharing} processes (fewer: workers)" if sharing > 1 else ""
         raise FistaPrunerError(
             f"{given} is not enough: {needs}{each}, even with hidden states on disk and "
@@ -494,8 +485,7 @@ def solve_bytes(
         rows: outputs of the operator; ``inputs``: n.
         pattern: its sparsity; ``steps``: the method chain.
         device: of the solve; on a GPU some steps are computed differently.
-        drift: the problem has drift.
-        rank: of the low-rank part beside the zeros; 0 is none.
+        drift: the problem has drift; ``rank``: of the low-rank part beside the zeros, 0 is none.
     """
     small = min(inputs, PROBE)
     scale = inputs / small

@@ -106,7 +106,7 @@ def test_steps_keep_zeros_and_come_from_seeds(tmp_path: Path, method: str, dtype
     for name, each in found[0][1].items():
         assert not torch.equal(each, start[name])
         assert name not in trained.pruned or torch.equal(each == 0, start[name] == 0)
-    assert trained.count() == sum(int((each != 0).sum()) for each in trained.weights.values())
+    assert trained.numbers == sum(int((each != 0).sum()) for each in trained.weights.values())
     trained.restore()
     assert all(torch.equal(each, start[name]) for name, each in trained.tensors().items())
 

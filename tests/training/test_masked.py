@@ -17,9 +17,9 @@ from fistapruner.papers.spp import Spp
 from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.training.loss import Objective, TokenLoss
-from fistapruner.training.masked import SHARE, Form, Full, Lora, Masters, Trained, first_rate
+from fistapruner.training.masked import SHARE, Form, Lora, Masters, Trained, first_rate
 
-FORMS: dict[str, Form] = {"full": Full(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
+FORMS: dict[str, Form] = {"full": Form(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
 
 
 def matrix(m: int, n: int, seed: int = 0) -> Tensor:
@@ -120,7 +120,7 @@ def test_learning_rates() -> None:
     assert first_rate(given_rate, rate, rate, vector) == 4e-3
     assert first_rate(given_rate, None, rate, vector) == pytest.approx(2 * SHARE * size)
     share = RecoverRecipe.build({"parameters": "full", "lr": 0.01})
-    assert first_rate(share, Full().rate(64), None, vector) == pytest.approx(0.01 * size)
+    assert first_rate(share, Form().rate(64), None, vector) == pytest.approx(0.01 * size)
     assert Spp(16, 2.0).rate(576) == pytest.approx(4e-4 * 24)
 
 

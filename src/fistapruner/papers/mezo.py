@@ -82,10 +82,11 @@ class ForwardOnly:
     """
 
     def __init__(self, model: LayerwiseModel, layout: Layout, draw: Draw, best: Path, rate: float, seed: int) -> None:
-        self.model, self.draw, self.best, self.rate, self.seed = model, draw, best, rate, seed
+        self.model, self.draw, self.best, self.seed = model, draw, best, seed
         pruned = {f"{name}.weight" for name, _ in layout.operators()}
         self.weights = {name: each for name, each in model.model.named_parameters() if each.is_floating_point()}
         self.pruned = pruned & set(self.weights)
+        self.rates = dict.fromkeys(self.weights, rate)
 
     def of_layer(self, index: int) -> dict[str, str]:
         """Return the names of a decoder layer's weights inside it, by their names in the model."""
@@ -138,7 +139,7 @@ class ForwardOnly:
         slope = (ahead - behind) / (2 * EPS)
         if math.isfinite(slope):
             for name in self.weights:
-                for place, (rows, value) in enumerate(self.along(number, name, -self.rate * factor * slope)):
+                for place, (rows, value) in enumerate(self.along(number, name, -self.rates[name] * factor * slope)):
                     rounded = self._rounded(value, rows.dtype, number, name, place)
                     rows.copy_(torch.where(rounded == 0, rows, rounded) if name in self.pruned else rounded)
         return (ahead + behind) / 2, slope
@@ -186,7 +187,8 @@ class ForwardOnly:
             if not torch.equal(after, before):
                 yield source, after
 
-    def count(self) -> int:
+    @property
+    def numbers(self) -> int:
         """Count the trained numbers."""
         return sum(
             int((each != 0).sum()) if name in self.pruned else each.numel() for name, each in self.weights.items()

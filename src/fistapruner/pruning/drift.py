@@ -12,18 +12,18 @@ so the drift of a token is cut to a length that is typical of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.sums import DriftFrom, cheapest_drift
 from ..models.operators import Group, Layout, Operator
-from ..passes.store import HiddenStates, Store
+from ..passes.store import HiddenStates
 from ..settings.prune import Recipe
 from ..structure.units import Unit
-from .context import fitted_groups, narrowed_groups
+from .context import LayerContext, LayerStreams, fitted_groups, narrowed_groups
 
 DRIFT_NOISE = 1 / 128
 """Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/results.md)."""
@@ -39,8 +39,7 @@ def dense_windows(
 
     With ``propagate=pruned`` the dense model serves to measure drift only. Fewer tokens add to the noise of that
     ``n (1 / tokens - 1 / all tokens)`` for an operator of n inputs: there are as many as keep the widest operator's
-    below ``noise``. Block reconstruction trains towards the dense model's outputs, window by window, and takes all
-    windows.
+    below ``noise``. Block reconstruction trains towards the dense model's outputs and takes all windows.
     """
     if recipe.propagate == "dense" or recipe.reconstruct or not recipe.dense_share:
         return samples
@@ -50,31 +49,21 @@ def dense_windows(
 
 
 def drift_sources(
-    recipe: Recipe,
-    layout: Layout,
-    index: int,
-    units: Sequence[Unit],
-    *,
-    same: bool,
-    solved: Collection[int],
+    recipe: Recipe, layout: Layout, index: int, units: Sequence[Unit], *, same: bool, solved: Collection[int]
 ) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where shared or where outputs go, else the cheaper.
 
-    Of a group that loses input channels it is the outputs: its inputs are others afterwards, and the outputs drift
-    wherever channels are missing. Of one that loses outputs it is the inputs: the dense outputs are more than those
-    that stay.
-
     Args:
         recipe: settings.
-        layout: the operators to prune.
-        index: number of the decoder layer.
+        layout: the operators to prune; ``index``: number of the decoder layer.
         units: whose channels are removed from it.
         same: the layer's input is the dense model's.
         solved: numbers of the groups that are solved.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
-        are not among them: the dense model routes other tokens to an expert.
+        are not among them: the dense model routes other tokens to an expert. Of a group that loses input channels it
+        is the outputs, since its inputs are others afterwards.
     """
     groups = layout.layers[index]
     if not recipe.dense_share:
@@ -107,135 +96,95 @@ def kept_width(group: Group, source: DriftFrom) -> int:
     return group[0].columns if source == "inputs" else group[0].rows
 
 
-class DenseActivations:
-    """Activations of one dense decoder layer, stored until the passes of the groups that need them.
+class Drift:
+    """What one decoder layer has in the dense model, stored until the passes of the groups that need it.
+
+    Nothing is stored, and nothing drifts, where no dense model runs beside the pruned one.
 
     Args:
-        index: number of the decoder layer; it is part of the stores' names.
-        layer: the loaded decoder layer.
-        groups: its pruned operators.
-        sources: :func:`drift_sources`.
-        dense: hidden states that enter the dense layer; perhaps of the first windows only.
-        store: makes the stores.
+        context: model, layout, settings.
+        index: number of the layer, which is loaded.
+        streams: hidden states in; the dense ones are perhaps of the first windows only.
     """
 
-    def __init__(
-        self,
-        index: int,
-        layer: nn.Module,
-        groups: Sequence[Group],
-        sources: Mapping[int, DriftFrom],
-        dense: HiddenStates,
-        store: Store,
-    ) -> None:
-        self._layer = layer
-        self._operators = {number: groups[number][0] for number in sources}
-        self._sources = sources
-        self._biases = {
-            number: bias.detach().to(torch.float32, copy=True)  # type: ignore[operator]
-            for number, operator in self.output_operators
-            if (bias := layer.get_submodule(operator.name).bias) is not None
-        }
-        self._kept = {
-            number: store(f"dense-{index}-{number}", (dense.samples, dense.seqlen, kept_width(groups[number], source)))
-            for number, source in sources.items()
-        }
-
-    def wants(self, number: int) -> bool:
-        """Return whether the inputs of group ``number`` are recorded."""
-        return self._sources.get(number) == "inputs"
-
-    @property
-    def output_operators(self) -> list[tuple[int, Operator]]:
-        """Return (group, operator) of the operators whose outputs are recorded."""
-        return [
-            (number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"
-        ]
+    def __init__(self, context: LayerContext, index: int, streams: LayerStreams) -> None:
+        recipe, layout, groups = context.recipe, context.layout, context.layout.layers[index]
+        self._layer, self._dense, self._seen = context.model.layers[index], streams.dense, streams.seen
+        self.sources: dict[int, DriftFrom] = {}
+        """By number, what is recorded of a group."""
+        self.outputs: list[tuple[int, Operator]] = []
+        """(group, operator) of the operators whose outputs are recorded."""
+        self._kept: dict[int, HiddenStates] = {}
+        self._biases: dict[int, Tensor] = {}
+        self._writers: list[int | None] = [None, None]  # groups that add to a residual stream that has drifted
+        self._residual: HiddenStates | None = None  # the dense stream before the second; then its difference
+        self._subtracted = 0  # windows of which it is the difference
+        if (dense := streams.dense) is None:
+            return
+        same = streams.pruned is None
+        self.sources = drift_sources(
+            recipe, layout, index, context.units(index), same=same, solved=context.solved(index)
+        )
+        self.outputs = [(number, groups[number][0]) for number, source in self.sources.items() if source == "outputs"]
+        for number, operator in self.outputs:
+            if (bias := self._layer.get_submodule(operator.name).bias) is not None:
+                self._biases[number] = bias.detach().to(torch.float32, copy=True)  # type: ignore[operator]
+        for number, source in self.sources.items():
+            shape = dense.samples, dense.seqlen, kept_width(groups[number], source)
+            self._kept[number] = context.scratch(f"dense-{index}-{number}", shape)
+        if recipe.corrects_drift:
+            alone = {group[0].name: number for number, group in enumerate(groups) if len(group) == 1}
+            writers = layout.residual_writers[index]  # known architectures have no third
+            first, second = (alone.get(name) for name in (*writers, "", "")[:2])
+            self._writers = [None if same else first, second]
+            if second is not None:
+                self._first = self._layer.get_submodule(writers[0])
+                self._residual = context.scratch(f"residual-{index}", (dense.samples, dense.seqlen, dense.width))
 
     def keep(self, number: int, start: int, values: Tensor) -> None:
         """Store activations of group ``number`` from window ``start`` on: (windows, seqlen, n or m)."""
         self._kept[number].write(start, values)
 
-    def read(self, number: int, start: int, stop: int, device: torch.device) -> Tensor | None:
-        """Read the activations of group ``number`` in windows ``start`` to ``stop``.
+    def of(self, number: int, start: int, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Read what group ``number`` has in the dense model, in the windows of ``inputs`` from ``start`` on.
 
         Returns:
-            (tokens, n) inputs or (tokens, m) outputs without bias; None where the inputs do not drift, or the dense
-            model did not run on these windows.
+            (tokens, n) inputs or (tokens, m) outputs without bias, None where the inputs do not drift or the dense
+            model did not run on these windows; and the (tokens, m) drift of residual stream and bias, None without.
         """
-        kept = self._kept.get(number)
+        kept, stop, drift = self._kept.get(number), start + len(inputs), None
         if kept is None or start >= kept.samples:
-            return None
-        values = kept.read(start, stop, device).flatten(0, 1)
-        return values.float() - self._biases[number] if number in self._biases else values
-
-    def bias_drift(self, number: int) -> Tensor | None:
-        """Return the dense bias of group ``number`` less the present one, (m,); None where they are the same."""
-        if number not in self._biases:
-            return None
-        bias = self._layer.get_submodule(self._operators[number].name).bias
-        drift = self._biases[number] - bias  # type: ignore[operator]
-        return drift if bool(drift.any()) else None
+            return None, None
+        dense = kept.read(start, stop, inputs.device).flatten(0, 1)
+        if number in self._writers:
+            drift = self._residual_drift(number, start, stop, inputs.device)
+        if number in self._biases:
+            before = self._biases[number]
+            dense = dense.float() - before
+            moved = before - self._layer.get_submodule(dict(self.outputs)[number].name).bias  # type: ignore[operator]
+            if bool(moved.any()):
+                drift = moved.expand(len(dense), -1) if drift is None else drift.add_(moved)
+        return dense, drift
 
     def close(self, number: int) -> None:
         """Release the stored activations of group ``number``."""
         if number in self._kept:
             self._kept.pop(number).close()
 
+    def close_residual(self) -> None:
+        """Release the stored residual stream."""
+        if self._residual is not None:
+            self._residual.close()
+            self._residual = None
 
-class ResidualDrift:
-    """Drift ``S - S*`` of the residual stream where operators of one decoder layer add to it.
-
-    The first writer adds to the layer's input, the second to the sum. Known architectures have no third.
-
-    Args:
-        index: number of the decoder layer; it is part of the store's name.
-        layer: the loaded decoder layer.
-        writers: names of the operators that write to the residual stream, in execution order.
-        groups: the pruned operators.
-        dense: hidden states that enter the dense layer; perhaps of the first windows only.
-        seen: hidden states that enter the pruned layer; the same object where nothing was pruned before.
-        store: makes the store.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        layer: nn.Module,
-        writers: Sequence[str],
-        groups: Sequence[Group],
-        dense: HiddenStates,
-        seen: HiddenStates,
-        store: Store,
-    ) -> None:
-        self._dense = dense
-        self._seen = seen
-        alone = {group[0].name: number for number, group in enumerate(groups) if len(group) == 1}
-        first, second = (alone.get(name) for name in (*writers, "", "")[:2])
-        self._first = first if seen is not dense else None
-        self._second = second
-        self._kept: HiddenStates | None = None
-        if second is not None:
-            self._before = layer.get_submodule(writers[0])
-            # The dense model's hidden states, then their difference from the pruned model's.
-            self._kept = store(f"residual-{index}", (dense.samples, dense.seqlen, dense.width))
-        self._windows = 0
-
-    def __contains__(self, number: object) -> bool:
-        """Return whether group ``number`` adds to a residual stream that has drifted."""
-        return number is not None and number in (self._first, self._second)
-
-    def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """Compute ``S - S*`` of group ``number`` in windows ``start`` to ``stop``.
-
-        Returns:
-            (tokens, width); drift longer than :data:`LONGEST` is cut.
-        """
-        if number == self._first:
+    def _residual_drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """Compute the drift, (tokens, width), of the residual stream that group ``number`` adds to; cut."""
+        if number == self._writers[0]:
+            assert self._dense is not None
             drift = self._dense.read(start, stop, device, torch.float32).sub_(self._seen.read(start, stop, device))
         else:
-            assert self._kept is not None
-            drift = self._kept.read(start, stop, device, torch.float32)
+            assert self._residual is not None
+            drift = self._residual.read(start, stop, device, torch.float32)
         drift = drift.reshape(-1, drift.shape[-1])
         length = drift.norm(dim=1, keepdim=True)
         # Of the tokens with drift: where most of a batch have none, the median of all would be zero.
@@ -243,47 +192,27 @@ class ResidualDrift:
         short = (LONGEST * typical / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
         return drift.mul_(short)
 
-    def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
-        """Store the dense stream before the second writer; ``batch`` returns the windows (start, stop)."""
-        return self._after_first(self._dense, batch, HiddenStates.write)
-
-    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
-        """Subtract the pruned stream in the first pass that runs the first writer, whose output is final then."""
-        if self._kept is None or self._windows == self._kept.samples:
-            return nullcontext()
-        return self._after_first(self._seen, batch, self._subtract)
-
-    def close(self) -> None:
-        """Release the store."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-
-    def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
-        """Replace the stored dense stream by its difference from the pruned one, ``sums``."""
-        stop = start + sums.shape[0]
-        kept.write(start, sums.neg_().add_(kept.read(start, stop, sums.device)))
-        self._windows += stop - start
-
     @contextmanager
-    def _after_first(
-        self,
-        inputs: HiddenStates,
-        batch: Callable[[], tuple[int, int]],
-        receive: Callable[[HiddenStates, int, Tensor], None],
-    ) -> Iterator[None]:
-        """Pass the stream before the second writer to ``receive``: (store, first window, hidden states)."""
-        if self._kept is None:
+    def around_pass(self, windows: Callable[[], tuple[int, int]], *, pruned: bool = True) -> Iterator[None]:
+        """Store the dense stream behind the first writer; subtract the pruned one where its output is final.
+
+        ``windows`` returns (start, stop) of the batch at work; ``pruned``: it is the first pass with the final output.
+        """
+        kept, inputs = self._residual, self._seen if pruned else self._dense
+        if kept is None or inputs is None or self._subtracted == kept.samples:
             yield
             return
-        kept = self._kept
 
         def after_forward(_: object, __: object, output: Tensor) -> None:
-            start, stop = batch()
+            start, stop = windows()
             if start >= kept.samples:
                 return
-            before = inputs.read(start, stop, output.device, torch.float32)
-            receive(kept, start, before.add_(output.reshape(before.shape)))
+            stream = inputs.read(start, stop, output.device, torch.float32)
+            stream.add_(output.reshape(stream.shape))
+            if pruned:
+                stream.neg_().add_(kept.read(start, stop, stream.device))
+                self._subtracted += stop - start
+            kept.write(start, stream)
 
-        with self._before.register_forward_hook(after_forward):
+        with self._first.register_forward_hook(after_forward):
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -14,20 +14,25 @@ from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group, Operator
-from ..runs.records import LayerEntry, OperatorEntry
+from ..runs.records import LayerEntry, OperatorEntry, RemovalEntry
 from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Clock
 from ..solvers import parse_method
 from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
+from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
 from .passes import LayerPasses
-from .removal import remove_experts, remove_units, routed_problem, routing_warnings
+from .removal import remove_channels_of, remove_experts
 
 ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
 """What a layer's relative error is relative to, as the report says it."""
+
+FEW = "fewer tokens than inputs"
+SHRUNK = ", so their Grams are shrunk towards the diagonal"
+NONE = "no token was routed to them, so they are pruned by magnitude"
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,22 @@ def prune_layer(
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
     model, clock = context.model, Clock(context.model.device)
-    record = LayerRecord()
     with ExitStack() as loaded:
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
-        passes.dense_pass()
-        passes.make_wanted()
-        _prune_groups(context, index, passes, clock, measures, events, record, loaded)
-        _reconstruct(context, index, streams, passes, clock, measures, record)
+        passes.begin()
+        pruning = _Pruning(passes, measures, events)
+        for number in range(len(passes.groups)):
+            pruning.remove_before(number, loaded)
+            if number in passes.solved:
+                pruning.prune_group(number)
+            passes.pruned(number)
+        pruning.reconstruct()
         error = passes.output_pass()
-    name = f"{context.layout.layers_name}.{index}"
+    name, record = f"{context.layout.layers_name}.{index}", pruning.record
     mixtures = dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
-    record.warnings += routing_warnings(name, record.operators, record.removals, filter(None, mixtures))
+    record.warnings += _routing_warnings(name, record.operators, record.removals, filter(None, mixtures))
     entry = LayerEntry(
         index=index,
         name=name,
@@ -95,129 +103,172 @@ def prune_layer(
     return LayerResult(record.weights, entry)
 
 
-def _prune_groups(
-    context: LayerContext,
-    index: int,
-    passes: LayerPasses,
-    clock: Clock,
-    measures: LayerMeasures,
-    events: LayerEvents,
-    record: LayerRecord,
-    loaded: ExitStack,
-) -> None:
-    """Remove channels and experts, and prune the operators, of one group after another."""
-    for number, group in passes.groups:
-        for unit in passes.mixtures_before(number):
-            remove_experts(context, index, unit, passes, clock, loaded, record)
+class _Pruning:
+    """Pruning of the loaded decoder layer of ``passes``; the record gathers what is done."""
+
+    def __init__(self, passes: LayerPasses, measures: LayerMeasures, events: LayerEvents) -> None:
+        self.passes, self.measures, self.events, self.record = passes, measures, events, LayerRecord()
+        self.context, self.index, self.clock = passes.context, passes.index, passes.clock
+        self.model, self.layer = passes.context.model, passes.layer
+
+    def remove_before(self, number: int, loaded: ExitStack) -> None:
+        """Remove the experts and channels that go before group ``number`` is pruned."""
+        for mixture in self.passes.mixtures_before(number):
+            remove_experts(self.passes, mixture, self.record, loaded)
             release_memory()
-        if consumers := passes.cut_before(number):
-            remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
+        for consumer in self.passes.cut_before(number):
+            (operator,) = self.passes.groups[consumer]
+            name = _short_names([operator])
+            self.events.operators(name, None)
+            self.events.operators(name, remove_channels_of(self.passes, consumer, self.measures, self.record))
             release_memory()
-        if number not in passes.solved:
-            passes.pruned(number)
-            continue
-        names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-        names = f"expert {group[0].expert} {names}" if group[0].experts else names
-        events.operators(names, None)
-        worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
+
+    def prune_group(self, number: int) -> None:
+        """Solve group ``number`` operator by operator, and write the solutions into the layer and the record."""
+        group = self.passes.groups[number]
+        names = _short_names(group)
+        self.events.operators(names, None)
+        worst = self._solve_group(number, group, self.passes.sums_of(number))
         release_memory()
-        record.weights |= _weights(context, index, group) | record.parts
-        passes.pruned(number)
-        events.operators(names, worst)
+        for operator, name in zip(group, self.context.names(self.index, group), strict=True):
+            # Of operators without zeros the checkpoint may have more bits than the layer.
+            if self.context.sparsity[name].zeros(operator.rows, operator.columns):
+                stored = self.model.source(f"{name}.weight")
+                self.record.weights[stored] = self._stored(stored, operator)
+        self.record.weights |= self.record.parts
+        self.events.operators(names, worst)
+
+    def _solve_group(self, number: int, group: Group, sums: ProblemSums) -> float:
+        """Solve a group, write the solutions, return the worst error.
+
+        What depends on the Gram of the group is computed once; the problem is freed on return.
+        """
+        recipe, names = self.context.recipe, self.context.names(self.index, group)
+        tokens = sums.tokens if group[0].experts else None
+        with self.clock.phase("problem"):
+            whole = _problem(sums, "+".join(names), recipe.dense_share, routed=tokens is not None)
+        start, worst = 0, 0.0
+        for operator, name in zip(group, names, strict=True):
+            problem = whole.slice(slice(start, start + operator.rows), name)
+            start += operator.rows
+            self.events.problem(number, problem)
+            pattern, importance = self.context.sparsity[name], self._importance(operator, name)
+            with self.clock.phase("solve"):
+                steps = parse_method("magnitude") if tokens == 0 else recipe.steps
+                solution, low_rank = _solve(problem, pattern, steps, recipe.low_rank, importance)
+                total, unrounded = self._write(operator, name, solution.weight, low_rank)
+            with self.clock.phase("report"):
+                # Where nothing was rounded the error is known, and would cost as much as a pass.
+                known = unrounded and importance is None
+                error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
+                weight = solution.weight
+                entry = OperatorEntry(
+                    name=operator.name,
+                    shape=(operator.rows, operator.columns),
+                    sparsity=str(pattern),
+                    # Summing booleans would convert them to int64.
+                    zeros=weight.numel() - int(torch.count_nonzero(weight)),
+                    relative_error=error,
+                    dense_error=problem.dense_error(),
+                    steps=solution.stats[0]["steps"],
+                    tokens=tokens,
+                    low_rank=None if low_rank is None else len(low_rank.a),
+                )
+            self.record.operators.append(entry)
+            self.record.warnings += solution.warnings
+            worst = max(worst, error)
+        return worst
+
+    def _importance(self, operator: Operator, name: str) -> Tensor | None:
+        """Return the weights of an operator's rows, (m,); None where they count alike."""
+        if self.measures.importance is None:
+            return None
+        rows = self.measures.importance[name]
+        rows = rows[self.record.rows[operator.name]] if operator.name in self.record.rows else rows
+        return rows.to(self.model.device)
+
+    def _stored(self, source: str, operator: Operator) -> Tensor:
+        """Copy an operator's weight out of the layer, as the checkpoint stores it under the name ``source``."""
+        return self.model.result(source, self.layer.get_parameter(f"{operator.name}.weight").detach())
+
+    def _write(self, operator: Operator, name: str, weight: Tensor, low_rank: LowRank | None) -> tuple[Tensor, bool]:
+        """Write a solution into the layer and back into itself, rounded as the checkpoint will hold it.
+
+        Where there is a low-rank part, the record receives both parts as they are stored.
+
+        Args:
+            operator: which is written.
+            name: its full name.
+            weight: (m, n) sparse part; receives the rounded values.
+            low_rank: the part to add, rounded as the adapter will hold it; None where there is none.
+
+        Returns:
+            The operator's weight in the layer (m, n), fp32, and whether nothing was rounded or added.
+
+        Raises:
+            FistaPrunerError: the dtype of the checkpoint or of the passes cannot hold a weight.
+        """
+        target, source = operator.weight(self.layer), self.model.source(f"{name}.weight")
+        rounded = self.model.rounded(source, weight)
+        target.copy_(rounded)
+        if not bool(target.isfinite().all()):
+            dtype = min((rounded.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).max)
+            better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
+            raise FistaPrunerError(
+                f"{name}: a pruned weight of {float(weight.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
+                f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32"
+            )
+        unrounded = torch.equal(weight, target.to(weight.dtype))
+        weight.copy_(target)
+        if low_rank is None:
+            return weight, unrounded
+        balanced = low_rank.balanced()
+        factors = {name + A: self.model.result(source, balanced.a), name + B: self.model.result(source, balanced.b)}
+        self.record.parts |= {source: self._stored(source, operator), **factors}
+        total = sum_of_parts(target, factors, name, transposed=False)
+        target.copy_(total)
+        return total.to(target.device), False
+
+    def reconstruct(self) -> None:
+        """Reconstruct the pruned layer as a block, if the recipe asks for it."""
+        wanted, recipe = self.passes.wanted, self.context.recipe
+        if wanted is None:
+            return
+        settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, self.measures.metric)
+        seen, calls = self.passes.streams.seen, self.context.calls
+        with self.clock.phase("reconstruct"):
+            result = reconstruct_layer(
+                self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.record.parts
+            )
+        self.record.weights |= result.weights
+        self.record.extra["reconstruct"] = result.record
 
 
-def _prune_group(
-    context: LayerContext,
-    index: int,
-    number: int,
-    sums: ProblemSums,
-    clock: Clock,
-    measures: LayerMeasures,
-    events: LayerEvents,
-    record: LayerRecord,
-) -> float:
-    """Solve group ``number`` operator by operator, write the solutions, return the worst error.
-
-    What depends on the Gram of the group is computed once; the problem is freed on return.
-    """
-    group = context.layout.layers[index][number]
-    names = context.names(index, group)
-    routed, tokens = bool(group[0].experts), sums.tokens
-    with clock.phase("problem"):
-        make = routed_problem if routed else ProblemSums.problem
-        whole = replace(make(sums, "+".join(names), context.recipe.dense_share, release=True), cache={})
-    start, worst = 0, 0.0
-    for operator, name in zip(group, names, strict=True):
-        problem = whole.slice(slice(start, start + operator.rows), name)
-        start += operator.rows
-        events.problem(number, problem)
-        pattern, importance = context.sparsity[name], _importance(context, index, operator, measures, record)
-        with clock.phase("solve"):
-            steps = parse_method("magnitude") if routed and not tokens else context.recipe.steps
-            solution, low_rank = _solve(problem, pattern, steps, context.recipe.low_rank, importance)
-            total, unrounded = _write(context, index, operator, name, solution.weight, low_rank, record)
-        with clock.phase("report"):
-            # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
-            known = unrounded and importance is None
-            error = solution.stats[0]["relative_error"] if known else problem.relative_error(total)
-            entry = _operator_entry(problem, solution, error, operator, str(pattern))
-        entry.low_rank = None if low_rank is None else len(low_rank.a)
-        entry.tokens = tokens if routed else None
-        record.operators.append(entry)
-        record.warnings += solution.warnings
-        worst = max(worst, error)
-    return worst
+def _short_names(group: Sequence[Operator]) -> str:
+    """Return the names of a group's operators, as progress shows them."""
+    names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+    return f"expert {group[0].expert} {names}" if group[0].experts else names
 
 
-def _operator_entry(
-    problem: LayerProblem, solution: Solution, error: float, operator: Operator, pattern: str
-) -> OperatorEntry:
-    """Make the entry of an operator.
+def _problem(sums: ProblemSums, name: str, target: float, *, routed: bool) -> LayerProblem:
+    """Make the layer problem of a group; the sums are used up.
+
+    An expert may have fewer tokens, p, than the n inputs: its Gram is singular, and least squares would fit noise. It
+    is shrunk towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structure.refit`): the penalty on changes
+    of weights is n / p. Errors are then those under the shrunk Gram, as shares of the energy under it. Without tokens
+    the Gram is the identity: all inputs count alike.
 
     Args:
-        problem: the solved problem, without row weights.
-        solution: weights rounded as in the checkpoint.
-        error: its relative error.
-        operator: which was solved.
-        pattern: its sparsity, as text.
+        sums: of the group.
+        name: of the operators.
+        target: share of the dense model's output in the target.
+        routed: they are an expert's.
     """
-    weight = solution.weight
-    zeros = weight.numel() - int(torch.count_nonzero(weight))  # summing booleans would convert them to int64
-    return OperatorEntry(
-        name=operator.name,
-        shape=(operator.rows, operator.columns),
-        sparsity=pattern,
-        zeros=zeros,
-        relative_error=error,
-        dense_error=problem.dense_error(),
-        steps=solution.stats[0]["steps"],
-    )
-
-
-def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tensor]:
-    """Copy a group's weights out of the loaded layer, by checkpoint name.
-
-    Operators without zeros are left out: the checkpoint may have more bits of them than the layer.
-    """
-    model, layer = context.model, context.model.layers[index]
-    weights = {}
-    for operator, name in zip(group, context.names(index, group), strict=True):
-        if not context.sparsity[name].zeros(operator.rows, operator.columns):
-            continue
-        stored = model.source(f"{name}.weight")
-        weights[stored] = model.result(stored, layer.get_parameter(f"{operator.name}.weight").detach())
-    return weights
-
-
-def _importance(
-    context: LayerContext, index: int, operator: Operator, measures: LayerMeasures, record: LayerRecord
-) -> Tensor | None:
-    """Return the weights of an operator's rows, (m,); None where they count alike."""
-    if measures.importance is None:
-        return None
-    rows = measures.importance[context.layout.full_name(index, operator)]
-    rows = rows[record.rows[operator.name]] if operator.name in record.rows else rows
-    return rows.to(context.model.device)
+    if routed and not sums.tokens:
+        return replace(problem_without_tokens(sums.weight, name), cache={})
+    problem = sums.problem(name, target, release=True)
+    share = share_of_few(problem.shape[1], sums.tokens) if routed else None
+    return replace(problem if share is None else replace(shrunk(problem, share), energy=None), cache={})
 
 
 def _solve(
@@ -238,73 +289,34 @@ def _solve(
     return solution, low_rank
 
 
-def _reconstruct(
-    context: LayerContext,
-    index: int,
-    streams: LayerStreams,
-    passes: LayerPasses,
-    clock: Clock,
-    measures: LayerMeasures,
-    record: LayerRecord,
-) -> None:
-    """Reconstruct the pruned layer as a block, if the recipe asks for it."""
-    if passes.wanted is None:
-        return
-    recipe, groups = context.recipe, context.layout.layers[index]
-    settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, measures.metric)
-    with clock.phase("reconstruct"):
-        result = reconstruct_layer(
-            context.model, index, groups, streams.seen, passes.wanted, context.calls, settings, record.parts
-        )
-    record.weights |= result.weights
-    record.extra["reconstruct"] = result.record
-
-
-def _write(
-    context: LayerContext,
-    index: int,
-    operator: Operator,
-    name: str,
-    weight: Tensor,
-    low_rank: LowRank | None,
-    record: LayerRecord,
-) -> tuple[Tensor, bool]:
-    """Write a solution into the layer and back into itself, rounded as the checkpoint will hold it.
+def _routing_warnings(
+    layer: str, operators: Sequence[OperatorEntry], removals: Sequence[RemovalEntry], mixtures: Iterable[str]
+) -> list[str]:
+    """Name the experts of a layer that few calibration tokens, or none, were routed to.
 
     Args:
-        context: model and settings.
-        index: number of the layer.
-        operator: which is written.
-        name: its full name.
-        weight: (m, n) sparse part; receives the rounded values.
-        low_rank: the part to add, rounded as the adapter will hold it; None where there is none.
-        record: receives both parts as they are stored, where there are two.
-
-    Returns:
-        The operator's weight in the layer (m, n), fp32, and whether nothing was rounded or added.
-
-    Raises:
-        FistaPrunerError: the dtype of the checkpoint or of the passes cannot hold a weight.
+        layer: name of the decoder layer.
+        operators: the report's entries of its operators.
+        removals: of what was removed.
+        mixtures: names of its modules of experts.
     """
-    model, module = context.model, context.model.layers[index]
-    target, source = operator.weight(module), model.source(f"{name}.weight")
-    rounded = model.rounded(source, weight)
-    target.copy_(rounded)
-    if not bool(target.isfinite().all()):
-        dtype = min((rounded.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).max)
-        better = "convert the checkpoint" if dtype == rounded.dtype else "set dtype"
-        raise FistaPrunerError(
-            f"{name}: a pruned weight of {float(weight.abs().max()):g} is beyond {torch.finfo(dtype).max:g}, the "
-            f"largest of {dtype_name(dtype)}: {better} to bfloat16 or float32"
-        )
-    unrounded = torch.equal(weight, target.to(weight.dtype))
-    weight.copy_(target)
-    if low_rank is None:
-        return weight, unrounded
-    balanced = low_rank.balanced()
-    factors = {name + A: model.result(source, balanced.a), name + B: model.result(source, balanced.b)}
-    stored = model.result(source, module.get_parameter(f"{operator.name}.weight").detach())
-    record.parts |= {source: stored, **factors}
-    total = sum_of_parts(target, factors, name, transposed=False)
-    target.copy_(total)
-    return total.to(target.device), False
+    warnings = []
+    solved = any(entry.tokens and entry.sparsity != "0%" for entry in operators)
+    fits = solved or any(entry.tokens and entry.shrink for entry in removals)  # flap alone, for one, does not
+    read = [(entry.name, entry.tokens, entry.shape[1]) for entry in operators]
+    read += [(entry.consumer, entry.tokens, entry.before) for entry in removals]
+    for mixture in mixtures:
+        tokens: dict[str, int] = {}
+        inputs: dict[str, int] = {}
+        for name, count, columns in read:
+            if count is not None and name.startswith(mixture + "."):
+                expert = name.removeprefix(mixture + ".").partition(".")[0]
+                tokens[expert], inputs[expert] = count, max(inputs.get(expert, 0), columns)
+        none = [expert for expert, count in tokens.items() if not count]
+        few = [f"{expert} ({count} tokens)" for expert, count in tokens.items() if 0 < count < inputs[expert]]
+        warnings += [
+            f"{layer}.{mixture}: experts {', '.join(found)}: {said}"
+            for found, said in ((none, NONE), (few, FEW + SHRUNK if fits else FEW))
+            if found
+        ]
+    return warnings

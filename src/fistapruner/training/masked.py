@@ -18,7 +18,6 @@ was always 0. Masked LoRA is in PERP (arXiv 2312.15230), SQFT (2410.03750) and L
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,31 +45,21 @@ LORA_RATE = 2e-3
 """First learning rate of ``lora`` (measured on SmolLM2-135M)."""
 
 
-class Form(ABC):
-    """Interface of a form."""
+@dataclass(frozen=True)
+class Form:
+    """A form of an operator; this one, ``full``, trains every surviving weight."""
 
-    @abstractmethod
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Make the fp32 masters of an (m, n) pruned weight, fp32, by short name; ``generator`` is of the CPU."""
+        return {ITSELF: weight.clone()}
 
-    @abstractmethod
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
         """Compute the (m, n) effective weight, differentiable, from the pruned weight and the masters."""
+        return masters[ITSELF]
 
     def rate(self, columns: int) -> float | None:
         """Return the first learning rate for an operator with so many inputs; None is :data:`SHARE`."""
         return None
-
-
-@dataclass(frozen=True)
-class Full(Form):
-    """Every surviving weight."""
-
-    def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {ITSELF: weight.clone()}
-
-    def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
-        return masters[ITSELF]
 
 
 @dataclass(frozen=True)
@@ -102,10 +91,9 @@ def form_of(recipe: TrainingRecipe) -> Form | None:
     """Return the form of the operators that a recipe trains; None for norms and biases only."""
     from ..papers.spp import Spp
 
-    forms = {"lora": Lora, "spp": Spp}
-    if recipe.parameters in forms:
-        return forms[recipe.parameters](recipe.rank, recipe.scale)
-    return Full() if recipe.parameters == "full" else None
+    if recipe.parameters in ("lora", "spp"):
+        return (Lora if recipe.parameters == "lora" else Spp)(recipe.rank, recipe.scale)
+    return Form() if recipe.parameters == "full" else None
 
 
 def descent_of(recipe: TrainingRecipe) -> Descent:

@@ -36,7 +36,7 @@ from ..passes.store import HiddenStates
 from ..passes.stream import Calls
 from ..runtime.numerics import ordered_attention
 from .loop import CHECKS, Loop
-from .masked import ITSELF, Form, Full, Masters, TrainedLayer, root_mean_square
+from .masked import ITSELF, Form, Masters, TrainedLayer, root_mean_square
 
 RATE = 0.01
 """First step size of AdamW, as a share of a tensor's root mean square over surviving weights."""
@@ -160,7 +160,7 @@ def _forms(
     forms: dict[str, tuple[Form, bool]] = {}
     for operator in (operator for group in groups for operator in group):
         name = model.full_name(index, operator.name)
-        form: Form = Full()
+        form = Form()
         if name + A in parts:
             sparse = parts[model.source(f"{name}.weight")]
             found = {ITSELF: sparse.T if operator.transposed else sparse, "A": parts[name + A], "B": parts[name + B]}

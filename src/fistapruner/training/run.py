@@ -33,7 +33,7 @@ from ..pruning.result import (
 from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.lineage import input_run, update_stage
+from ..runs.lineage import update_stage
 from ..runs.lock import hold
 from ..runs.log import Listener, Logged, Times, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
@@ -51,7 +51,7 @@ from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
 from ..settings.align import AlignRecipe
-from ..settings.train import RecoverRecipe, TrainingRecipe
+from ..settings.train import TrainingRecipe
 from .alignment import Alignment
 from .distributed import DONE, READY, World, joined
 from .loop import State
@@ -62,9 +62,6 @@ from .settle import Request, asked, check_inputs, settle
 
 RECOVER: type[Recovery] = Recovery
 ALIGN: type[Recovery] = Alignment
-
-STAND_IN = "python"
-"""Text that a plan takes where none is named: only its number of tokens matters."""
 
 
 def recover(
@@ -150,11 +147,8 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
-    if isinstance(recipe, RecoverRecipe) and not recipe.data.texts and input_run(str(model)) is None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = Request(str(model), recipe, None if dense is None else str(dense), permissions, evaluate=None)
-    return check_inputs(kind, request, folder, Listener())[1]
+    return check_inputs(ALIGN if isinstance(recipe, AlignRecipe) else RECOVER, request, folder, Listener())[1]
 
 
 def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions, listener: Listener) -> Report:
@@ -229,8 +223,7 @@ def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: 
         hold(run.folder),
         log_file(run.log_file),
     ):
-        listener = Logged(told)
-        report, fault = None, None
+        listener, report, fault = Logged(told), None, None
         if (begun := run.record()) is not None:
             _refuse_other(run, begun, request)
             report, fault = run.finished_report(begun.fingerprint)
@@ -329,8 +322,8 @@ def _write(
 
     write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
     check_zeros(run.model, model.checkpoint, stored_weights(model, training.layout))
-    if report.recovery is not None:
-        report.totals.time_split["train"] = report.recovery.seconds
+    assert report.recovery is not None
+    report.totals.time_split["train"] = report.recovery.seconds
     close_report(run, report, earlier, times, begin)
     update_stage(report)
     # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
@@ -341,10 +334,11 @@ def _write(
 
 def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> LayerEntry:
     """Describe one decoder layer."""
-    model, entry = training.model, LayerEntry(index=index)
-    entry.name = f"{training.layout.layers_name}.{index}"
-    for operator in training.layout.in_layer(index):
-        name = training.layout.full_name(index, operator)
+    model, layout = training.model, training.layout
+    entry = LayerEntry(index=index)
+    entry.name = f"{layout.layers_name}.{index}"
+    for operator in layout.in_layer(index):
+        name = layout.full_name(index, operator)
         source = model.source(f"{name}.weight")
         before = model.checkpoint.read(source).float()
         after = changed[source].float() if source in changed else before
@@ -369,22 +363,19 @@ def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, 
     found = report.recovery
     assert found is not None
     found.read_journal(training.run.steps_file)
-    rates = [trained.rate] if isinstance(trained, ForwardOnly) else list(trained.rates.values())
-    found.lr = {"lowest": min(rates), "highest": max(rates)}
-    found.trained = trained.count() if isinstance(trained, ForwardOnly) else trained.numbers
+    lowest, highest = min(trained.rates.values()), max(trained.rates.values())
+    found.lr, found.trained = {"lowest": lowest, "highest": highest}, trained.numbers
     found.steps, found.kept_step = state.step, state.best_step
     found.operators = 0 if found.parameters == "norms" else len(operators)
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
-    tried = f"learning rates {min(rates):.2g} to {max(rates):.2g}: try a lower --lr"
-    why = None if state.fault is None else f"training stopped: {state.fault}; the weights"
-    if why and state.step == 0:
-        why += " are those of the input; its predictions, or those of the dense model, are not finite"
-    elif why:
-        why += f" of step {state.best_step} are kept ({tried})"
+    tried = f"learning rates {lowest:.2g} to {highest:.2g}: try a lower --lr"
+    if state.fault is not None:
+        kept = f"the weights of step {state.best_step} are kept ({tried})"
+        kept = kept if state.step else "the weights are those of the input"
+        report.warnings.append(f"training stopped: {state.fault}; {kept}")
     elif state.best_step == 0:
-        why = (
+        report.warnings.append(
             f"no step was better than the start on what is held out, so the weights are those of the input ({tried}; a "
             f"higher one where the loss has hardly changed, or more {length_setting(report)})"
         )
-    report.warnings += [why] if why else []
