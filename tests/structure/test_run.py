@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ MLP = {
     "phi3": ("mlp.gate_up_proj", "mlp.down_proj"),
 }
 """The operators that write and read the MLP's channels, where they are not up_proj (and gate_proj) and down_proj."""
+
+
+LOAD = """
+import sys, json
+sys.modules["fistapruner"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+print(json.dumps(model(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].tolist()))
+"""
 
 
 def oriented(weight: Tensor, architecture: str) -> Tensor:
@@ -104,6 +116,16 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_
     small.save_pretrained(tmp_path / "again")
     assert Checkpoint.open(tmp_path / "again").nbytes == Checkpoint.open(out).nbytes == 4 * small.num_parameters()
     assert not {"auto_map", "quantization_config"} & json.loads((out / "config.json").read_text()).keys()
+
+
+def test_the_result_loads_without_this_package(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    fp.prune(str(folder), tmp_path / "run", **LESS)
+    out = tmp_path / "run" / "model"
+    run = subprocess.run([sys.executable, "-c", LOAD, str(out)], capture_output=True, text=True, check=True)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    expected = model(torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(json.loads(run.stdout.splitlines()[-1])), expected)
 
 
 def definition(folder: Path, run: Path, layer: LayerEntry, name: str, *, rows: bool = False) -> tuple[Tensor, float]:
