@@ -6,6 +6,7 @@ PYTHONPATH=tests python tests/walk.py > docs/walk.md
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import os
 import sys
@@ -43,6 +44,7 @@ def entered(arguments: list[str]) -> list[str]:
             if path.startswith(f"{PACKAGE}{os.sep}") and path.endswith(".py"):
                 seen.setdefault(Path(path).relative_to(PACKAGE).as_posix())
 
+    gc.collect()  # finalizers of what ran before are no step of a run
     sys.setprofile(profile)
     try:
         status = main(arguments)
