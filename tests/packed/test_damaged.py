@@ -64,6 +64,17 @@ def test_damaged_files(whole, data):
         read_everything(folder)
 
 
+def test_a_truncated_file_is_refused(whole):
+    folder, content = whole
+    about = json.loads((folder / "packed.json").read_text())
+    for length in (0, 7, 100, len(content) // 2, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:length])
+        about["files"]["model.safetensors"]["bytes"] = length
+        (folder / "packed.json").write_text(json.dumps(about))
+        with pytest.raises(FistaPrunerError):
+            read_everything(folder)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "null", '{"format": 1}', '{"format": "fistapruner-packed", "version": true}', "{" * 2000]
 )

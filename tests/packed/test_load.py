@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
-import transformers
 from pruned import save_pruned
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.build import load_whole
-from fistapruner.models.checkpoint import QUANT_METHOD, Checkpoint
-from fistapruner.packed import REGISTRY, kernel, register_on_import
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.linear import Int8Embedding
 from tiny import ARCHITECTURES, VOCABULARY, store_head
@@ -164,19 +162,18 @@ def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
         fistapruner.load("someone/packed")
 
 
-def test_import_is_all_it_takes(tmp_path, monkeypatch):
-    """Before transformers has loaded its registry and after; without it, no model of random weights is made."""
+def test_import_is_all_it_takes(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-        monkeypatch.delitem(known, QUANT_METHOD)
-    with pytest.raises(ValueError, match="'import fistapruner' before the model is loaded"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "p")
-    register_on_import()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "p")
-    monkeypatch.delitem(sys.modules, REGISTRY)
-    monkeypatch.delattr(transformers.quantizers, "auto")
-    register_on_import()
-    assert QUANT_METHOD in importlib.import_module(REGISTRY).AUTO_QUANTIZER_MAPPING
+    code = (
+        "import sys, fistapruner; assert 'transformers.quantizers.auto' not in sys.modules\n"
+        "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    settings = {"capture_output": True, "timeout": 120, "text": True}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, **settings)
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    without = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=False, **settings)
+    assert without.returncode == 1  # no model of random weights
+    assert "'import fistapruner' before the model is loaded" in without.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,19 @@ def test_per_pair_weights_do_not_depend_on_the_label() -> None:
     assert torch.equal(pair_weights(references), pair_weights(references.flip(-1)))
 
 
+@pytest.mark.parametrize("kind", ["multi-dpo", "geometric"])
+def test_per_pair_weights_do_not_lower_the_loss_where_references_know_nothing(kind: str) -> None:
+    """Random margins, a model without one, and both orders of the answers."""
+    _, references, _ = drawn(5, 2, 200)
+    model, equal = torch.zeros(200, 2).double(), torch.full((2, 200), 0.5).double()
+    by_pair, by_half = (
+        losses(kind, model, references, weights) + losses(kind, model, references.flip(-1), weights)
+        for weights in (pair_weights(references), equal)
+    )
+    assert bool((by_pair >= by_half - 1e-12).all())
+    assert float(by_pair.mean()) > float(by_half.mean())
+
+
 def test_geometric_weights_mix_margins() -> None:
     _, references, weights = drawn(3, 3, 4)
     mixed = margins_of(geometric_mean(references, weights))

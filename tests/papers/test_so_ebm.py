@@ -127,13 +127,31 @@ def test_expected_cost_is_the_mean_of_costs() -> None:
 
 def test_fifty_deployments_teach_what_features_tell() -> None:
     """Of the regret of the mix alone it leaves less than two thirds; a feature that never varies changes nothing."""
-    regrets = workload_allocation.regrets("gaussian", 0)
-    assert regrets["so-ebm"] < 2 / 3 * regrets["mix"]
+    regrets = [workload_allocation.regrets("gaussian", seed) for seed in range(2)]
+    assert sum(draw["so-ebm"] for draw in regrets) < 2 / 3 * sum(draw["mix"] for draw in regrets)
     costs, features, tolerances = workload_allocation.draw_workload("gaussian", 0)
     constant = torch.cat([features[:50], torch.ones(50, 1, dtype=torch.float64)], 1)
     other = torch.cat([features[50:], torch.full((len(features) - 50, 1), 9.0, dtype=torch.float64)], 1)
     plain, more = learn(features[:50], tolerances[:50], costs)[1], learn(constant, tolerances[:50], costs)[1]
     torch.testing.assert_close(more(other), plain(features[50:]))
+
+
+def test_schedules_are_optimal_and_keep_the_limit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(3, power.HOURS, generator=generator, dtype=torch.float64).cumsum(1) * 0.3
+    spread = 0.05 + 0.2 * torch.rand(3, power.HOURS, generator=generator, dtype=torch.float64)
+    found = power.decide(mean, spread)
+    assert float(found.diff(dim=1).abs().max()) <= power.RAMP + 1e-9
+    assert float(found.diff(dim=1).abs().max()) > power.RAMP - 0.01  # the limit binds here
+    ramps = np.diff(np.eye(power.HOURS), axis=0)
+    limits = {"type": "ineq", "fun": lambda x: np.concatenate([power.RAMP - ramps @ x, power.RAMP + ramps @ x])}
+    for day in range(3):
+
+        def cost(x: np.ndarray, day: int = day) -> float:
+            return float(power.hourly_energy(torch.from_numpy(x), mean[day], spread[day]).sum())
+
+        other = minimize(cost, found[day].numpy(), method="SLSQP", constraints=limits, options={"maxiter": 200})
+        assert cost(found[day].numpy()) == pytest.approx(other.fun, abs=2e-3)
 
 
 # The workload file, and whole runs.
@@ -199,7 +217,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_a_run_for_a_workload(tmp_path: Path) -> None:
-    """Exact zeros, tasks in report, card and page."""
+    """Exact zeros, tasks in report, card and page; repeated with the same bytes."""
     model, said = tiny.save("llama", tmp_path / "dense"), {"mix": MIX, "features": [0.5, 1.0], "history": history()}
     asked = recipe(tmp_path, said, texts(tmp_path), method="wanda", weighting="fisher")
     report = prune(model, tmp_path / "run", recipe=asked)
@@ -212,6 +230,8 @@ def test_a_run_for_a_workload(tmp_path: Path) -> None:
         assert sentence in (tmp_path / "run" / file).read_text()
     sparsities = json.loads((tmp_path / "run" / "run.json").read_text())["decision"]["sparsity"]
     assert len(set(sparsities.values())) > 1
+    assert prune(model, tmp_path / "again", recipe=asked).workload == report.workload
+    assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "again")
 
 
 def test_a_begun_run_keeps_its_decision_and_refuses_another_workload(tmp_path: Path) -> None:

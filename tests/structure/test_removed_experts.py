@@ -233,6 +233,23 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 
+def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: Path) -> None:
+    folder = tiny.save("qwen2_moe", tmp_path / "model")
+    structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4}
+    fp.prune(folder, tmp_path / "run", structure=structure, sparsity="2:4", calibration=SMALL)
+    fp.pack(tmp_path / "run" / "model", tmp_path / "packed", values="bf16")
+    with torch.no_grad():
+        packed, small = (
+            model(TOKENS).logits for model in (fp.load(tmp_path / "packed"), loaded(tmp_path / "run/model"))
+        )
+    torch.testing.assert_close(packed.float(), small, rtol=0.05, atol=0.05)
+    data = {"source": "python", "tokens": 300, "seqlen": 16}
+    fp.recover(tmp_path / "run", tmp_path / "recovered", steps=1, parameters="full", data=data, evaluate=None)
+    trained = inspect_checkpoint(tmp_path / "recovered")
+    assert not trained.violations
+    assert {(unit, after) for _, unit, _, after in trained.widths} >= {("expert channels", 12), ("experts", 3)}
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", **MORE)
     asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": SMALL}

@@ -232,11 +232,12 @@ class LayerwiseModel:
 
     def _free(self, names: list[str]) -> None:
         """Move parameters and buffers to the meta device, in the shapes of the checkpoint."""
-        held = self.model.state_dict()
         for name in names:
-            if name in held and not held[name].is_meta:
+            parent, _, key = name.rpartition(".")
+            held = getattr(self.model.get_submodule(parent), key)
+            if not held.is_meta:
                 shape = self.checkpoint.entry(self._sources[name]).shape
-                assign(self.model, name, held[name].new_empty(shape, device="meta"))
+                assign(self.model, name, held.detach().new_empty(shape, device="meta"))
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.

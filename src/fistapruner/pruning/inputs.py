@@ -317,10 +317,7 @@ def say_losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> tuple[s
 def _lost_zeros(model: LayerwiseModel, recipe: Recipe) -> tuple[str, ...]:
     """Warn that removing channels of a pruned model does not keep its zeros; empty where it gets new ones."""
     folder = model.checkpoint.folder
-    try:
-        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint)
-    except FistaPrunerError:  # the report says so: the lineage is in the same file
-        return ()
+    claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint)
     zeros = any(claim.get("sparsity", "0%") != "0%" for claim in claims.values())
     if not zeros or any(pattern.fraction for pattern in recipe.patterns):
         return ()

@@ -25,6 +25,7 @@ from ..runs.settled import (
     evaluation_on,
     execution_here,
     interrupted_with,
+    refuse_another,
     refuse_lost_text,
     refuse_other_model,
     refuse_other_settings,
@@ -213,9 +214,7 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request,
     if drawn is not None and request.drawn is not None and not drawn[0].equal(request.drawn[0].to(drawn[0].dtype)):
         other = "tokens"
     if other is not None:
-        raise FistaPrunerError(
-            f"--out {run.folder} holds a run for another content of {other}: name another folder, or remove it"
-        )
+        refuse_another(run, f"for another content of {other}")
 
 
 def _prune(

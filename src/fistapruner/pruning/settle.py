@@ -89,7 +89,7 @@ def settle(
     stamped = tuple(stamps(inputs.model.checkpoint))
     dense = dense_behind(folder, lineage) if lineage and lineage.stages else Dense(folder, stamped)
     record = PruneRecord(
-        **common_fields(request, inputs, recipe, numerics.threads),
+        **common_fields(request, inputs, recipe, numerics.threads, lineage),
         fingerprint=identity,
         calibration=CalibrationFacts.model_validate({**how, **sizes}),
         permuted=dict(measured.permuted) if measured else {},
@@ -214,6 +214,7 @@ def common_fields(
     inputs: Inputs | TrainingInputs,
     recipe: Recipe | TrainingRecipe,
     threads: int,
+    lineage: Lineage | None,
 ) -> dict[str, Any]:
     """Collect the fields of a record that runs of all verbs fill in alike.
 
@@ -222,6 +223,7 @@ def common_fields(
         inputs: checked.
         recipe: all settings, resolved.
         threads: CPU threads of each worker.
+        lineage: of the model that goes in; None where it has none.
     """
     source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
     facts = ModelFacts(
@@ -242,8 +244,8 @@ def common_fields(
         "versions": versions(),
         "machine": describe_machine(model.device, threads),
         "model": facts,
-        "lineage": lineage_of(source.folder) or Lineage(source=facts),
-        "warnings": [*inputs.warnings],
+        "lineage": lineage or Lineage(source=facts),
+        "warnings": list(inputs.warnings),
     }
 
 

@@ -44,7 +44,7 @@ class ChangedTensors:
     """What the checkpoint of a run has in place of its input's tensors.
 
     Args:
-        checkpoint: the input; ``earlier``: its record, empty where there is none, or it cannot be read.
+        checkpoint: the input; ``earlier``: its record, empty where there is none.
         places: the file of the journal that holds a new tensor, by checkpoint name.
         shapes: new shapes of the tensors that lost channels or experts, by checkpoint name.
         dropped: stored tensors that are left out: of removed experts, and of layers that the model does not read and
@@ -81,10 +81,7 @@ class ChangedTensors:
                 stacked[stack.name] = (count, *shape[:: -1 if stack.transposed else 1])
         parts = {part for name in stacked for part in checkpoint.parts(name)}
         stay = {checkpoint.stacks[name].part(index) for name, shape in stacked.items() for index in range(shape[0])}
-        try:
-            earlier = read_pruning_record(checkpoint.folder)
-        except FistaPrunerError:  # the report says so: the lineage is in the same file
-            earlier = {}
+        earlier = read_pruning_record(checkpoint.folder)
         return cls(checkpoint, earlier, places, stacked | cut, dropped, dropped | (parts - stay))
 
     def replacement(self, name: str) -> Tensor | None:
@@ -251,10 +248,7 @@ def _kept_claims(
         changed: what the new checkpoint has in place of the input's tensors.
     """
     model, kept = context.model, dict[str, dict[str, Any]]()
-    try:
-        claims, _ = recorded_claims(changed.earlier, model.checkpoint)
-    except FistaPrunerError:
-        return {}
+    claims, _ = recorded_claims(changed.earlier, model.checkpoint)
     operators = operators_by_weight(model) if claims else {}
     for name, claim in claims.items():
         if name in changed.gone or own.get(name, {}).get("sparsity", "0%") != "0%":

@@ -223,7 +223,8 @@ def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: 
         hold(run.folder),
         log_file(run.log_file),
     ):
-        listener, report, fault = Logged(told), None, None
+        listener = Logged(told)
+        report, fault = None, None
         if (begun := run.record()) is not None:
             _refuse_other(run, begun, request)
             report, fault = run.finished_report(begun.fingerprint)

@@ -304,7 +304,7 @@ def _record(run: TrainingDirectory, request: Request, inputs: Inputs, text: Trai
     run.write_record(
         TrainingRecord(
             kind=run.verb,
-            **common_fields(request, inputs, recipe, numerics.threads),
+            **common_fields(request, inputs, recipe, numerics.threads, lineage_of(inputs.source.folder)),
             fingerprint=identity(recipe, inputs.model, text, decision),
             calibration=CalibrationFacts.model_validate(facts),
             recovery=recovery,
