@@ -1,5 +1,14 @@
 """``python -m fistapruner``."""
 
-from .cli import main
+import os
+import sys
 
-raise SystemExit(main())
+from .cli import main
+from .runtime.machine import launched
+
+status = main()
+if launched() > 1:  # torch's threads may abort while the interpreter of a process of torchrun is taken down
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+raise SystemExit(status)

@@ -90,6 +90,9 @@ def test_what_is_being_done_is_said_after_a_while(capsys: pytest.CaptureFixture[
 def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """While the main thread is busy; not once it is gone, nor where it is to be quiet."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
+    gc.collect()  # listeners of earlier tests, whose threads then end
+    for thread in [thread for thread in threading.enumerate() if thread.name == progress.REMINDER]:
+        thread.join(60)
     before = threading.active_count()
     listener = progress.choose_listener(Namespace(quiet=False, json=False))
     said = ""
