@@ -86,7 +86,7 @@ class PlainListener(Listener):
 
 
 class LiveListener(Listener):
-    """Show in a live line what is being done and for how long, and in another one the layers that are done."""
+    """Show live what is being done and for how long, and how many layers are done."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
