@@ -30,7 +30,7 @@ from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..text.sources import document_hash, source_documents
 from ..text.training import shared_documents, training_documents
 from .data import Windows, evaluation_documents, load_windows

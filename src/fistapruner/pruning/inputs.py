@@ -18,12 +18,11 @@ from ..measure.data import load_windows
 from ..measure.run import shared_text
 from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import refuse_low_rank
 from ..models.operators import Layout, discover
-from ..models.record import read_pruning_record, recorded_claims
+from ..models.record import read_pruning_record, recorded_claims, refuse_low_rank
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.goa import attention_probabilities
-from ..passes.check import check_model
+from ..passes.stream import check_model
 from ..runs.directory import PruneDirectory
 from ..runs.log import Listener
 from ..runs.records import CalibrationFacts

@@ -19,7 +19,7 @@ from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Clock
 from ..solvers import parse_method
-from ..solvers.base import Method, Solution
+from ..solvers.base import Method, Solution, solve
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
@@ -278,10 +278,12 @@ def _solve(
 
     Weights that stay have the same bits.
     """
+    weighted = problem if importance is None else problem.weighted(importance)
+    solution, low_rank = (
+        solve_low_rank(weighted, pattern, steps, rank) if rank else (solve(weighted, pattern, steps), None)
+    )
     if importance is None:
-        return solve_low_rank(problem, pattern, steps, rank)
-    weighted = problem.weighted(importance)
-    solution, low_rank = solve_low_rank(weighted, pattern, steps, rank)
+        return solution, low_rank
     stay = solution.mask & (solution.weight == weighted.weight)
     torch.where(stay, problem.weight, unweighted(solution.weight, importance), out=solution.weight)
     if low_rank is not None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import RECORD as LOW_RANK
 from ..models.low_rank import write_adapter
 from ..models.operators import Layout
+from ..models.record import LOW_RANK
 from ..models.safetensors import LazyTensors
 from ..models.write import write_checkpoint
 from ..runs.directory import CARD, RunDirectory

@@ -26,7 +26,7 @@ from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe
 from ..text import calibration_length, calibration_tokens

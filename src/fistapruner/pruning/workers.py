@@ -38,7 +38,7 @@ from ..runs.log import Listener
 from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
 from ..runtime.machine import module_path
 from ..runtime.numerics import exact_products
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from .context import LayerEvents, LayerStreams
 from .opened import RunContext
 
