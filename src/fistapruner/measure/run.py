@@ -133,7 +133,7 @@ def _evaluated(
     permissions: Permissions,
     listener: Listener,
 ) -> bool:
-    """Measure what the report does not have, as :func:`measure` does; return whether the report has changed."""
+    """Measure what the report does not have, for :func:`measure`; return whether there was anything."""
     assert report.calibration is not None
     if compared.folder is None and not any(found.reference for found in report.evaluations):
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
@@ -286,7 +286,7 @@ def _of_input(report: Report, before: Path) -> list[Evaluation]:
 
 
 def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Add an evaluation, in parts: each takes the place of the earlier one of its text or task, or is last."""
+    """Put each part of an evaluation in the place of the earlier one of its text or task, or last."""
     kept: dict[tuple[str, str], Evaluation] = {}
     for each in (*earlier, found):
         kept |= _parts(each)
