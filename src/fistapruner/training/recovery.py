@@ -84,7 +84,7 @@ class Recovery:
 
     @staticmethod
     def resolved(request: Request) -> Any:
-        """Return the recipe with its text named, that of the input's run where the user names none, and check it."""
+        """Return the recipe with its text, checked: that of the input's run where the user names none."""
         recipe, data = request.recipe, request.recipe.data
         origin = None if data.texts else request.origin
         if origin is not None and origin.calibration is not None and origin.kind != "align":  # pairs are no text
@@ -97,7 +97,7 @@ class Recovery:
 
     @staticmethod
     def check(settling: Settling) -> dict[str, int]:
-        """Check and resolve what is left, with the models opened; return the sizes that the plan needs."""
+        """Check and resolve what is left, with the models open; return the sizes that the plan needs."""
         recipe, seqlen, dense = settling.recipe, settling.seqlen, settling.dense
         if recipe.loss == "auto":
             if dense is None:

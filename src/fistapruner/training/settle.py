@@ -62,7 +62,7 @@ TRAINING_SEQLEN = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks of a run that trains, of a verb, in a directory; see :func:`fistapruner.recover`."""
+    """What a command asks of a run that trains: arguments of :func:`fistapruner.recover`."""
 
     verb: type[Recovery]
     run: TrainingDirectory
