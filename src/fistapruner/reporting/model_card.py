@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
-from ..runs.records import Report
+from ..runs.records import DONE, OTHERS_BY_NAME, Report, sparsity_label
 from ..settings.prune import WORKLOAD
 from .facts import base_model_name, facts, title_of
 from .measured import ORIGIN, QUALITY, SIZE, Fact, becomes_smaller_packed, file_name, speeds
