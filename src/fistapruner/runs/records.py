@@ -94,7 +94,7 @@ class Record(BaseModel):
 
 
 def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
-    """Validate ``data``; a FistaPrunerError says that it is of a newer version or does not have the schema."""
+    """Validate ``data``; a FistaPrunerError says that it is of a newer version or no such record."""
     try:
         if (version := data.get("version", VERSION)) != VERSION:
             raise ValueError(f"it has version {version!r}: this program reads {VERSION}, update it")
@@ -113,7 +113,9 @@ def share_of(part: int | None, whole: int | None) -> float | None:
 
 def sets_zeros(recipe: Mapping[str, Any]) -> bool:
     """Check whether a recipe sets weights to zero, in all operators or in some that its allocation names."""
-    return recipe.get("sparsity") != "0%" or isinstance(recipe.get("allocation"), Mapping)
+    allocation = recipe.get("allocation")
+    named = allocation.values() if isinstance(allocation, Mapping) else ()
+    return any(str(pattern) != "0%" for pattern in (recipe.get("sparsity"), *named))
 
 
 def sparsity_label(recipe: Mapping[str, Any]) -> str:
