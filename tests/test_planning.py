@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from fistapruner.pruning.inputs import change_widths
+from fistapruner.pruning.inputs import choose_patterns as allocate
 
 import tiny
 from fistapruner import Recipe
@@ -21,8 +23,6 @@ from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
-from fistapruner.pruning.inputs import change_widths
-from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
 from fistapruner.runtime.devices import peak_bytes
 from fistapruner.runtime.show import size

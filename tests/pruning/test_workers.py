@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+from fistapruner.pruning.opened import RunContext
+from fistapruner.resuming import resume
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pruning.opened import RunContext
 from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
-from fistapruner.resuming import resume
 from fistapruner.runs.log import Listener
 from fistapruner.settings.execution import Execution
 

@@ -25,7 +25,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.tokenizer import pad_with_known_token
 from ..packed.checkpoint import is_packed
 from ..passes.check import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
 from ..runs.directory import TrainingDirectory, checkpoint_of
