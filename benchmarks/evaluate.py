@@ -22,8 +22,7 @@ from fistapruner.measure.logits import perplexity_of
 from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-from fistapruner.models.source import resolve_model
-from fistapruner.models.tokenizer import load_tokenizer
+from fistapruner.models.source import load_tokenizer, resolve_model
 
 
 def main() -> None:

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from .settings.align import AlignRecipe
     from .settings.prune import Recipe
     from .settings.train import RecoverRecipe
-    from .solvers import solve
+    from .solvers import methods, solve
     from .solvers.base import Solution
-    from .solvers.catalogue import methods
     from .training.adapters import MergeReport, merge_adapter
     from .training.hold_mask import hold_mask
     from .training.run import align, recover
@@ -96,9 +95,8 @@ _MODULES = {
     "settings.align": ("AlignRecipe",),
     "settings.prune": ("Recipe",),
     "settings.train": ("RecoverRecipe",),
-    "solvers": ("solve",),
+    "solvers": ("methods", "solve"),
     "solvers.base": ("Solution",),
-    "solvers.catalogue": ("methods",),
     "training.adapters": ("MergeReport", "merge_adapter"),
     "training.hold_mask": ("hold_mask",),
     "training.run": ("align", "recover"),

@@ -48,7 +48,7 @@ from .runtime.files import existing_folder
 from .runtime.numerics import ordered_attention, windows_at_once
 from .runtime.show import align_columns, counted, duration, size
 from .settings.prune import Recipe
-from .solvers.base import Method
+from .solvers.base import Method, solve
 from .solvers.low_rank import solve_low_rank
 from .structure.smaller import Widths
 from .structure.units import HEADS
@@ -498,5 +498,6 @@ def solve_bytes(
     drifts = (torch.randn(few, small, generator=generator), torch.ones(few)) if drift else (None, None)
     problem = LayerProblem(weight, activations.T @ activations / len(activations), *drifts).to(torch.device(device))
     held = 4 * (small * small + few * small * (1 + drift))
-    peak = peak_bytes(lambda: solve_low_rank(problem, pattern, steps, min(ranks, small, few)))
+    rank = min(ranks, small, few)
+    peak = peak_bytes(lambda: solve_low_rank(problem, pattern, steps, rank) if rank else solve(problem, pattern, steps))
     return int((held + peak) * scale**2)

@@ -11,8 +11,7 @@ import pytest
 
 import fistapruner as fp
 from fistapruner.reporting import Report
-from fistapruner.solvers import METHODS
-from fistapruner.solvers.catalogue import CATALOGUE
+from fistapruner.solvers import CATALOGUE, METHODS
 
 CHECK = """
 import sys

@@ -15,8 +15,7 @@ from torch import Tensor
 from fistapruner import FistaPrunerError
 from fistapruner.core import NM, Constraint, Stacked, Unstructured, parse_sparsity
 from fistapruner.core.constraints import KINDS, Scope, counted_sparsity, patterns_met, stack
-from fistapruner.core.selection import keep_largest, keep_n_of_m
-from fistapruner.core.thresholds import GroupThreshold, SampledThreshold
+from fistapruner.core.selection import GroupThreshold, SampledThreshold, keep_largest, keep_n_of_m
 from layer_problems import EXAMPLES, every_constraint, registered
 
 SCOPES: tuple[Scope, Scope] = ("operator", "row")

@@ -17,8 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
-from fistapruner.models.source import resolve_model
-from fistapruner.models.tokenizer import load_tokenizer
+from fistapruner.models.source import load_tokenizer, resolve_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 ITEMS = 40

@@ -168,8 +168,7 @@ def test_token_count_of_the_joined_wikitext_test_split() -> None:
     folder = os.environ.get("FISTAPRUNER_DATA")
     if not folder or not (Path(folder) / "wikitext2" / "test_joined.txt").is_file():
         pytest.skip("FISTAPRUNER_DATA names no folder with wikitext2/test_joined.txt")
-    from fistapruner.models.source import resolve_model
-    from fistapruner.models.tokenizer import load_tokenizer
+    from fistapruner.models.source import load_tokenizer, resolve_model
 
     try:
         tokenizer = load_tokenizer(resolve_model("smollm2"))

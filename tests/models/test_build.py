@@ -16,7 +16,7 @@ from fistapruner.models import build
 from fistapruner.models.build import load_whole, whole_bytes
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-from fistapruner.models.tokenizer import load_tokenizer
+from fistapruner.models.source import load_tokenizer
 from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
@@ -132,6 +132,6 @@ def test_a_vocabulary_of_sentencepiece_says_which_packages_read_it(
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr("fistapruner.models.tokenizer.Distribution.discover", lambda name: iter(()))
+    monkeypatch.setattr("fistapruner.models.source.Distribution.discover", lambda name: iter(()))
     with pytest.raises(FistaPrunerError, match=r"needs other packages: pip install sentencepiece protobuf$"):
         load_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ from fistapruner.models.experts import ExpertLinear
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover, expert_modules, linear_modules
 from fistapruner.models.write import write_checkpoint
-from fistapruner.passes.check import check_model
+from fistapruner.passes.stream import check_model
 from fistapruner.training.masked import vectors
 
 FORMS = [True, False]

@@ -20,9 +20,8 @@ from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.passes.check import check_model
 from fistapruner.passes.store import HiddenStates
-from fistapruner.passes.stream import Calls, run_layer
+from fistapruner.passes.stream import Calls, check_model, run_layer
 
 CPU = torch.device("cpu")
 RECIPE: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}

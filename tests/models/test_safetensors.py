@@ -22,7 +22,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import PickleFile
 from fistapruner.models.gguf import check_gguf
 from fistapruner.models.safetensors import DTYPES, SafetensorsFile, TensorEntry, safetensors_writer, write_tensors
-from fistapruner.models.tokenizer import load_tokenizer
+from fistapruner.models.source import load_tokenizer
 from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
 
 SHARED_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16]

@@ -18,8 +18,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, resolve_model, small_model
-from fistapruner.models.tokenizer import load_tokenizer
+from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, load_tokenizer, resolve_model, small_model
 
 
 def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import tiny
-from fistapruner.passes.cached_outputs import CachedOutputs
+from fistapruner.passes.store import CachedOutputs
 from fistapruner.pruning.run import prune
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}

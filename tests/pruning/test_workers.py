@@ -22,7 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.run import prune
 from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
 from fistapruner.runs.log import Listener
-from fistapruner.settings.execution import Execution
+from fistapruner.settings.base import Execution
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",

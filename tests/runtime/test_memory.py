@@ -17,7 +17,7 @@ from fistapruner.measure.generations import generate_side_by_side
 from fistapruner.measure.speed import Variant
 from fistapruner.pruning.workers import default_threads
 from fistapruner.runtime import devices
-from fistapruner.settings.execution import Execution
+from fistapruner.settings.base import Execution
 
 GROUP = "4:memory:/elsewhere\n0::/{}\n"
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core import NM, Constraint
-from ..core.thresholds import spread_stride
+from ..core.selection import spread_stride
 from ..models.checkpoint import reorder
 from ..models.layers import LayerwiseModel
 from ..models.links import Link, find_links, reordered

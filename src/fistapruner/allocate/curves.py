@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge, Unstructured
 from ..core.linalg import dead_inputs, fast_products
-from ..core.thresholds import spread_stride
+from ..core.selection import spread_stride
 from ..solvers.refit import refit_cg
 
 REACH = 0.15

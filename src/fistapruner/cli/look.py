@@ -57,7 +57,7 @@ def methods(arguments: argparse.Namespace) -> int:
       fistapruner methods
       fistapruner methods fista
     """
-    from ..solvers.catalogue import methods as run_methods
+    from ..solvers import methods as run_methods
 
     show(run_methods(arguments.name), arguments)
     return 0

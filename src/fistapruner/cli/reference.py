@@ -18,8 +18,7 @@ from ..settings.align import AlignRecipe
 from ..settings.base import TOGETHER, Settings
 from ..settings.prune import Recipe
 from ..settings.train import RecoverRecipe
-from ..solvers import METHODS
-from ..solvers.catalogue import CATALOGUE
+from ..solvers import CATALOGUE, METHODS
 from . import VERBS, build_parser
 from .arguments import FLAGS, settings
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from .linalg import row_blocks
-from .selection import keep_largest, keep_n_of_m
-from .thresholds import GroupThreshold, SampledThreshold, Threshold
+from .selection import GroupThreshold, SampledThreshold, Threshold, keep_largest, keep_n_of_m
 
 Scope = Literal["operator", "row"]
 """Where scores compete, for constraints that leave it open: in the whole operator, or within each row."""

@@ -9,7 +9,7 @@ import torch
 
 from ..models.build import load_whole, whole_fits
 from ..models.checkpoint import Checkpoint
-from ..models.tokenizer import load_tokenizer
+from ..models.source import load_tokenizer
 from ..runs.records import Generation
 from ..runtime.devices import threads_within_quota
 from ..runtime.show import Tick, silent

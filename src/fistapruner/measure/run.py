@@ -28,7 +28,7 @@ from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..settings.prune import Recipe
 from ..settings.train import RecoverRecipe
 from ..text.sources import document_hash, source_documents

@@ -19,9 +19,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.source import ModelSource
-from ..passes.check import check_model
 from ..passes.store import HiddenStates
-from ..passes.stream import forward
+from ..passes.stream import check_model, forward
 from ..runs.records import is_run
 from ..runtime.devices import free_memory, release_failed_memory, resident_memory
 from ..runtime.files import temporary_folder

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.build import load_whole, max_length
-from ..models.tokenizer import load_tokenizer
+from ..models.source import load_tokenizer
 from ..passes.store import CPU
 from ..runs.records import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error

@@ -24,7 +24,7 @@ from ..runtime.files import disk_errors, existing_folder, require_space
 from ..runtime.show import Tick, silent
 from .checkpoint import Checkpoint
 from .layers import LayerwiseModel
-from .tokenizer import load_tokenizer
+from .source import load_tokenizer
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored."""

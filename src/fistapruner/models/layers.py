@@ -4,7 +4,7 @@ The architecture is built on the meta device; decoder layers are read from the c
 afterwards. No architecture is listed by name: the model's own ``forward`` runs with every decoder layer's ``forward``
 replaced by a recorder (:meth:`LayerwiseModel.embed`), or by what returns given hidden states
 (:meth:`LayerwiseModel.logits`). Models of which this is not the forward pass are refused by
-:meth:`LayerwiseModel.check` and :func:`fistapruner.passes.check.check_model`.
+:meth:`LayerwiseModel.check` and :func:`fistapruner.passes.stream.check_model`.
 """
 
 from __future__ import annotations

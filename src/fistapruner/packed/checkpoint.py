@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.checkpoint import PACKED_KEYS, PACKED_RECORD, Checkpoint, WeightFile, inside, read_json_in
-from ..models.low_rank import FILES, FOLDER, LowRankAdapter
+from ..models.low_rank import LowRankAdapter
+from ..models.record import FILES, FOLDER
 from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version

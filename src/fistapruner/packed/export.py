@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.export import GGUFValues, export_gguf
-from ..models.low_rank import refuse_low_rank
+from ..models.record import refuse_low_rank
 from ..runs.directory import checkpoint_of
 from ..runtime.numerics import undisturbed
 from ..runtime.show import Tick, shell_line, silent

@@ -19,8 +19,8 @@ import yaml
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.checkpoint import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE, Checkpoint, WeightFile
-from ..models.low_rank import FILES, FOLDER, LowRankAdapter
-from ..models.record import read_pruning_record, recorded_claims, stacked_experts
+from ..models.low_rank import LowRankAdapter
+from ..models.record import FILES, FOLDER, read_pruning_record, recorded_claims, stacked_experts
 from ..models.safetensors import TensorEntry, safetensors_writer
 from ..models.source import ModelSource
 from ..models.write import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index

@@ -19,8 +19,8 @@ from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Clock
-from ..solvers import parse_method, solve
-from ..solvers.base import Method, Solution
+from ..solvers import parse_method
+from ..solvers.base import Method, Solution, solve
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer

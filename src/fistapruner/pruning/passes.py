@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ..core import LayerProblem, ProblemSums
 from ..models.operators import Group
-from ..passes.cached_outputs import CachedOutputs, kept_projections
-from ..passes.store import HiddenStates, RoutedTokens
+from ..passes.store import CachedOutputs, HiddenStates, RoutedTokens, kept_projections
 from ..passes.stream import Around, Watched, run_layer
 from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums

@@ -28,13 +28,12 @@ from ..measure.data import load_windows
 from ..measure.run import shared_text
 from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import refuse_low_rank
 from ..models.operators import Layout, discover
-from ..models.record import read_pruning_record, recorded_claims
+from ..models.record import read_pruning_record, recorded_claims, refuse_low_rank
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..papers.bypass import SEQUENCES, Bypass
-from ..passes.check import check_model
 from ..passes.store import Store, scratch_factory
+from ..passes.stream import check_model
 from ..planning import make_plan
 from ..runs.directory import PruneDirectory
 from ..runs.lineage import Dense, dense_behind, lineage_of
@@ -56,7 +55,7 @@ from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..runtime.show import count, span
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..settings.parse import matches
 from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe

@@ -45,7 +45,7 @@ from ..runtime.devices import (
 )
 from ..runtime.machine import module_path, now
 from ..runtime.numerics import exact_products
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from .context import LayerMeasures, LayerStreams, RunContext
 from .drift import dense_windows
 from .layer import Inspect, prune_layer

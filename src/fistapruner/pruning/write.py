@@ -19,10 +19,9 @@ from ..errors import FistaPrunerError
 from ..models.build import build_changed
 from ..models.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import RECORD as LOW_RANK
 from ..models.low_rank import journaled_factors, write_adapter
 from ..models.operators import Layout, Operator, expert_modules, operators_by_weight
-from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
+from ..models.record import LOW_RANK, MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
 from ..models.safetensors import LazyTensors, SafetensorsFile
 from ..models.write import write_checkpoint
 from ..reporting.model_card import model_card

@@ -40,7 +40,8 @@ from typing_extensions import TypeVar
 
 from ..errors import FistaPrunerError, unreadable
 from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
-from ..models.low_rank import FOLDER, LowRankAdapter, remove_adapter
+from ..models.low_rank import LowRankAdapter, remove_adapter
+from ..models.record import FOLDER, LOW_RANK
 from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import (
     BYSTANDERS,
@@ -279,14 +280,15 @@ class RunDirectory(Generic[R_co]):
             if sampled is not None and sampled_sha256(self.model / name) != sampled:
                 return f"{self.model / name} is damaged: its checksum is not the one it was written with"
         try:
-            found = read_json(self.model / PRUNING_RECORD).get("fingerprint")
-            if found != fingerprint or (record is not None and record.fingerprint != fingerprint):
+            found = read_json(self.model / PRUNING_RECORD)
+            if found.get("fingerprint") != fingerprint or (record is not None and record.fingerprint != fingerprint):
                 return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
             for path in (self.model / name for name in READ_BY_TRANSFORMERS):
                 if path.is_file():
                     read_json(path)
-            LowRankAdapter.beside(self.model)
+            if found.get(LOW_RANK) is not None:
+                LowRankAdapter.beside(self.model)
         except FistaPrunerError as error:
             return str(error)
         return None

@@ -25,7 +25,7 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..runtime.machine import versions
 from ..runtime.show import shell_line
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..settings.prune import Recipe, SparsitySetting
 from ..settings.train import TrainingRecipe
 from .log import Listener

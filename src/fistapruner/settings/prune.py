@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from ..errors import FistaPrunerError
-from .base import PATHS_TOO, RunRecipe, Seed, Texts
-from .execution import Execution
+from .base import PATHS_TOO, Execution, RunRecipe, Seed, Texts
 from .parse import Patterns, check_patterns, parse_value
 from .structure import Structure
 

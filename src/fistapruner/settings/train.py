@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, RunRecipe, Seed, Texts
-from .execution import TrainExecution
+from .base import PATHS_TOO, RunRecipe, Seed, Texts, TrainExecution
 from .parse import Patterns, parse_count
 
 

@@ -2,12 +2,13 @@
 
 A *solver* computes a solution from the problem alone; it may start from the previous step's solution. A *refinement*
 improves the previous step's solution. Both have the same interface and can be chained: ``wanda+refit``,
-``sparsegpt+fista+refit+swap``. A new one is one file with one class and a line in ``solvers/catalogue.py``.
+``sparsegpt+fista+refit+swap``. A new one is one file with one class and an entry in ``solvers/__init__.py``.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -16,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Constraint, LayerProblem
-from ..errors import FistaPrunerError
+from ..core import Constraint, LayerProblem, Stacked, parse_sparsity
+from ..core.linalg import dead_inputs
+from ..errors import FistaPrunerError, instead_of
 
 Stats = dict[str, Any]
 
@@ -136,3 +138,158 @@ def keep_better_rows(problem: LayerProblem, weight: Tensor, mask: Tensor, start:
     rounding = torch.finfo(weight.dtype).eps * ((weight - problem.weight).square() @ problem.gram.diagonal())
     better = (problem.row_errors(weight) + rounding < problem.row_errors(start.weight))[:, None]
     return torch.where(better, weight, start.weight), torch.where(better, mask, start.mask)
+
+
+Steps = str | Method | Sequence["str | dict[str, object] | Method"]
+
+FAINT = 2.0**-20
+"""Scale of the weights of dead inputs: below all others, and exact."""
+
+
+def parse_method(value: Steps) -> tuple[Method, ...]:
+    """Read a method as users write it.
+
+    Args:
+        value: a name (``"fista"``), a user's own class (``"./mine.py:MyMethod"``), names joined by ``+``
+            (``"alps+swap"``), or a list of names, of one-entry dictionaries with settings
+            (``[sparsegpt, {fista: {warm_start: wanda}}, refit]``) or of method objects.
+
+    Raises:
+        FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
+            step whose solution it does not take.
+    """
+    if isinstance(value, str):
+        value = value.split("+")
+    if isinstance(value, (Method, dict)):
+        value = [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise FistaPrunerError(f"method {value!r} is not a name, names joined by '+', or a list of names and settings")
+    steps = tuple(map(_parse_step, value))
+    if steps[0].refines:
+        first = steps[0].name
+        raise FistaPrunerError(
+            f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
+        )
+    for number, step in enumerate(steps):
+        if number and not step.takes_start:
+            before = "+".join(earlier.name for earlier in steps[:number])
+            raise FistaPrunerError(
+                f"method {step.name!r} does not start from another solution: leave out {before!r} before it"
+            )
+    return steps
+
+
+def _parse_step(step: object) -> Method:
+    if isinstance(step, Method):
+        return step
+    settings: object = {}
+    if isinstance(step, dict) and len(step) == 1:
+        ((step, settings),) = step.items()
+    if not isinstance(step, str) or not isinstance(settings or {}, dict):
+        raise FistaPrunerError(
+            f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}"
+        )
+    name = step.strip()
+    from . import METHODS
+    from .own import own_method
+
+    found = METHODS.get(name) or own_method(name)
+    if found is None:
+        raise FistaPrunerError(f"method {name!r} is not known{instead_of(name, METHODS)}")
+    known = found.descriptions()
+    for key in settings or {}:  # type: ignore[attr-defined]
+        if key not in known:
+            right = instead_of(str(key), known) if known else ": it has none"
+            raise FistaPrunerError(f"method {name}: unknown setting {key!r}{right}")
+    return found(**(settings or {}))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, method: Steps = "proximal") -> Solution:
+    """Prune the operators of a layer problem; those without zeros keep their dense weights.
+
+    Args:
+        problem: the layer problem.
+        sparsity: a constraint as users write it, or the constraints of stacked operators, which are solved one after
+            another.
+        method: a method or a chain (see ``parse_method``).
+
+    Returns:
+        The solution. For each operator its ``stats`` hold ``relative_error`` and, under ``steps``, one record for
+        each step: the method, its error, its seconds and what the solver recorded.
+
+    Raises:
+        FistaPrunerError: bad settings, a constraint that does not fit, NaN in the data, or settings so extreme that the
+            solution is not finite.
+    """
+    steps = parse_method(method)
+    problem.check_finite()
+    if problem.cache is None:
+        problem = replace(problem, cache={})
+    if not isinstance(sparsity, Stacked):
+        return _run_steps(problem, parse_sparsity(sparsity), steps)
+    if sum(sparsity.rows) != len(problem.weight):
+        raise FistaPrunerError(
+            f"{problem.name}: {len(problem.weight)} rows, and its constraints are for {sparsity.rows}"
+        )
+    found = [_run_steps(problem.slice(rows, name), constraint, steps) for name, rows, constraint in sparsity.parts()]
+    return Solution(
+        torch.cat([each.weight for each in found]),
+        torch.cat([each.mask for each in found]),
+        tuple(each.stats[0] for each in found),
+        tuple(warning for each in found for warning in each.warnings),
+    )
+
+
+def _run_steps(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
+    """Run a chain on one operator, in fp32 also inside a caller's autocast."""
+    with torch.autocast(problem.weight.device.type, enabled=False):
+        return _run_in_fp32(problem, constraint, steps)
+
+
+def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
+    """Run a chain on one operator."""
+    m, n = problem.shape
+    constraint.check(n, problem.name)
+    solution: Solution | None = None
+    records: list[Stats] = []
+    warnings: list[str] = []
+    rated, dead = _with_faint_dead_weights(problem)
+    for step in steps:
+        begin = time.perf_counter()
+        if not constraint.zeros(m, n):
+            solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
+        else:
+            solution = step.solve(problem if step.name == "magnitude" else rated, constraint, solution)
+        seconds = time.perf_counter() - begin
+        if step.reference:
+            from .own import check_solution
+
+            check_solution(step, problem, constraint, solution)
+        if not bool(solution.weight.isfinite().all()):
+            raise FistaPrunerError(
+                f"{problem.name}: {step} ended in NaN or infinite weights: take arguments nearer to the defaults, or "
+                "check the weights and the text"
+            )
+        extra = solution.stats[0] if solution.stats else {}
+        error = problem.relative_error(solution.weight)
+        records.append({"method": step.name, "relative_error": error, "seconds": seconds, **extra})
+        warnings += solution.warnings
+    assert solution is not None
+    weight = solution.weight
+    if rated is not problem:
+        weight = torch.where(solution.mask & dead, problem.weight, weight)
+    stats = {"relative_error": records[-1]["relative_error"], "steps": records}
+    return Solution(weight, solution.mask, (stats,), tuple(dict.fromkeys(warnings)))
+
+
+def _with_faint_dead_weights(problem: LayerProblem) -> tuple[LayerProblem, Tensor]:
+    """Scale the weights of dead inputs down, so that methods prune them first; return these inputs, too.
+
+    They change no output, and most methods' regularised Grams would rate them as weights of average inputs. They are
+    not zero, so that methods which rate weights by size keep the largest where some must stay.
+    """
+    dead = dead_inputs(problem.gram)
+    if not bool(dead.any()):
+        return problem, dead
+    return replace(problem, weight=torch.where(dead, FAINT * problem.weight, problem.weight)), dead

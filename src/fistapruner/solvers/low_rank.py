@@ -32,8 +32,7 @@ from torch import Tensor
 from ..core import Constraint, LayerProblem
 from ..core.linalg import Product, damped_cholesky, dead_inputs
 from ..errors import FistaPrunerError
-from .base import Method, Solution
-from .chain import solve
+from .base import Method, Solution, solve
 from .proximal import Metric, Proximal
 from .splitting import Resolvent, geometric, natural_order, split
 

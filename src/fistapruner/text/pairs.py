@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.tokenizer import padding_id
+from ..models.source import padding_id
 from ..papers.mamf import shuffled
 from ..settings.align import PairData
 from .chat import Message, key_of, read_messages, says_something, template_options, write_chat

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.tokenizer import padding_id
+from ..models.source import padding_id
 from ..papers.mamf import Mixture, shuffled
 from ..settings.train import TrainingData
 from .chat import Example, read_training_file

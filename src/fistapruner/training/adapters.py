@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, MissingExtraError, one_line, out_path, path_text
 from ..models.build import load_whole
-from ..models.low_rank import refuse_low_rank
-from ..models.record import read_pruning_record
+from ..models.record import read_pruning_record, refuse_low_rank
 from ..models.source import Permissions
 from ..models.write import require_new
 from ..pruning.write import check_zeros, model_documents

@@ -26,7 +26,7 @@ from ..papers.mrpo import (
     reference_margins,
     virtual_reference,
 )
-from ..passes.check import check_model
+from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.log import Listener

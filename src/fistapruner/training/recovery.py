@@ -21,7 +21,7 @@ from ..models.source import Permissions
 from ..papers.mamf import Mixture
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
-from ..passes.check import check_model
+from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..pruning.workers import default_threads
 from ..runs.directory import RecoverDirectory, TrainingDirectory
@@ -33,7 +33,7 @@ from ..runs.store import Snapshots
 from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.show import count
-from ..settings.execution import Execution
+from ..settings.base import Execution
 from ..settings.train import RecoverRecipe
 from ..text.generate import load_writer
 from ..text.sources import check_source

@@ -18,13 +18,12 @@ from ..errors import FistaPrunerError
 from ..measure.data import check_data, evaluation_documents, load_windows
 from ..measure.inspection import inspect_checkpoint
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import LowRankAdapter, refuse_low_rank
+from ..models.low_rank import LowRankAdapter
 from ..models.operators import Layout, discover
-from ..models.record import lost_structure, read_pruning_record
-from ..models.source import UNTRUSTED, ModelSource, Permissions
-from ..models.tokenizer import pad_with_known_token
+from ..models.record import lost_structure, read_pruning_record, refuse_low_rank
+from ..models.source import UNTRUSTED, ModelSource, Permissions, pad_with_known_token
 from ..packed.checkpoint import is_packed
-from ..passes.check import check_model
+from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
