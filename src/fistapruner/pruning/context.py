@@ -180,7 +180,7 @@ class RunContext(LayerContext):
         numerics: what decides the last bits.
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory.
         permissions: what the model's files may do, as the command that opened the run says.
-        warnings: sentences for the report of the next layer.
+        warnings: sentences on memory that ran out, for the report of the layer at work.
     """
 
     run: PruneDirectory

@@ -1,4 +1,4 @@
-"""Settle a pruning run: check its input, plan, draw calibration text, measure, and write it all to ``run.json``."""
+"""Settle a pruning run: check its input, plan, draw text, measure, and write ``run.json``."""
 
 from __future__ import annotations
 

@@ -130,9 +130,8 @@ def _prune_journaled(
         run.journal.write(context.fingerprint, result.weights, entry)
         return entry
 
-    entry = context.fitting(f"layer {index}", work, streams)
-    context.warnings.clear()
-    return entry
+    context.warnings.clear()  # of layers that were already pruned
+    return context.fitting(f"layer {index}", work, streams)
 
 
 def _prune_serially(context: RunContext, todo: Collection[int], listener: Listener, inspect: Inspect | None) -> None:

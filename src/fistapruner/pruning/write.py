@@ -64,12 +64,12 @@ class ChangedTensors:
         """Collect them of a run whose layers are all journaled."""
         checkpoint, widths, journal = context.model.checkpoint, context.widths, context.run.journal
         places = {name: file for file in map(journal.weights, range(len(context.model))) for name in file.entries}
-        dropped = set(unread_tensors(context.model, widths))
+        dropped: set[str] = set()
         cut: dict[str, tuple[int, ...]] = {}
         stacked: dict[str, tuple[int, ...]] = {}
         if widths is not None:
-            of_experts, stacked = dropped_tensors(context.model, widths)
-            dropped |= of_experts
+            dropped, stacked = dropped_tensors(context.model, widths)
+            dropped |= set(unread_tensors(context.model, widths))
         for name, file in places.items() if widths is not None else ():
             shape, stack = file.entries[name].shape, checkpoint.stack_of(name)
             if shape == checkpoint.entry(name).shape:
@@ -121,8 +121,8 @@ def write(
     report.finished = now()
     update_stage(report)
     more: dict[str, Any] = {}
-    if rank := context.recipe.low_rank:
-        factors = journaled_factors(run.journal.weights(index) for index in range(len(model)))
+    rank, journals = context.recipe.low_rank, map(run.journal.weights, range(len(model)))
+    if rank and (factors := journaled_factors(journals)):
         more = write_low_rank(run, factors, rank, context.layout, report.totals)
     if widths := kept_widths(changed.earlier, _own_widths(context)):
         more["widths"] = widths
