@@ -8,7 +8,7 @@ from pathlib import Path
 import walk
 
 PAGE = Path(__file__).parents[1] / "docs" / "walk.md"
-MOST = {"prune": 74, "recover": 65}
+MOST = {"prune": 68, "recover": 63}
 """Files that a run may enter; the aim is 70."""
 
 

@@ -27,7 +27,7 @@ from fistapruner.reporting.facts import lineage_lines, training_facts
 from fistapruner.reporting.figures import mean_error
 from fistapruner.reporting.terminal import summary
 from fistapruner.runs.directory import RecoverDirectory
-from fistapruner.runs.lock import hold
+from fistapruner.runs.log import hold
 from fistapruner.runs.records import Report, load_run
 from tiny import tensors
 

@@ -17,16 +17,13 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
-from ..runs.lock import hold
-from ..runs.log import Listener, Logged, Times, log_file, spent
+from ..runs.log import Listener, Logged, Times, hold, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
-    execution_here,
     interrupted_with,
     refuse_another,
-    refuse_lost_text,
     refuse_other_model,
     refuse_other_settings,
     refuse_other_versions,
@@ -159,11 +156,12 @@ def resume(
     run = PruneDirectory(out)
     record = run.begun_record()
     recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation
-    refuse_lost_text(evaluation)
+    if evaluation is not None:
+        check_data(evaluation.data)
     return prune(
         record.decision.model,
         out,
-        recipe=recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)}),
+        recipe=recipe,
         listener=listener,
         command=record.command,
         evaluate=evaluation.data if evaluation else None,

@@ -34,13 +34,11 @@ from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
 from ..runs.lineage import update_stage
-from ..runs.lock import hold
-from ..runs.log import Listener, Logged, Times, log_file, read_steps, spent
+from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.settled import (
     TrainingRecord,
     absolute,
-    execution_here,
     interrupted_with,
     refuse_other_settings,
     refuse_other_versions,
@@ -164,7 +162,7 @@ def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions
     record = run.begun_record()
     recipe = kind.settings.build(record.decision.asked, str(run.run_file))
     execution = kind.settings.build(record.recipe, str(run.run_file)).execution
-    recipe = recipe.model_copy(update={"execution": execution_here(execution, listener)})
+    recipe = recipe.model_copy(update={"execution": execution})
     return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
 
 
