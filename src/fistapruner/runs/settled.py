@@ -107,7 +107,7 @@ class TrainingDecision(RunDecision):
     """What a run that trains decides.
 
     Args:
-        asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
+        asked: settings of the recipe as they were asked for, with ``auto`` unresolved.
         checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input.
