@@ -1,4 +1,4 @@
-"""What pruning works on: the context of a run, opened from its folder alone, and the hidden states of a layer.
+"""What pruning works on: the opened run, the hidden states of a layer, and what is made of it.
 
 The process that starts a run decides everything once (:func:`fistapruner.pruning.run.prune`) and records it. Then it,
 its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.

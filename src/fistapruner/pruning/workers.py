@@ -244,7 +244,7 @@ def _file(index: int) -> str:
 
 
 def prune_one(index: int, folder: Path, device: str, permissions: Permissions, model: Path, host: str) -> str | None:
-    """Prune decoder layer ``index`` of a run in a worker, and journal it; returns a fault of the user's input.
+    """Prune and journal decoder layer ``index`` in a worker; return a fault of the user's input.
 
     Args:
         index: which layer; its dense hidden states are in the run directory.
