@@ -272,7 +272,7 @@ class RunContext(LayerContext):
         return HiddenStates(shape, self.model.dtype)
 
     def embed(self, name: str, *, on_disk: bool = False) -> HiddenStates:
-        """Return the input of the first decoder layer for all calibration windows; record how layers are called.
+        """Return the input of the first decoder layer for all windows; record how layers are called.
 
         Arguments as for :meth:`store`.
         """

@@ -133,7 +133,7 @@ def resume(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
 ) -> Report:
-    """Continue a run of any verb as it was begun: its model, recipe and evaluation are recorded in its directory.
+    """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
 
     What the model's files may do is not recorded: it is said with every command.
 
