@@ -284,7 +284,7 @@ def _solve(
 
 
 def _routing_warnings(entry: LayerEntry, mixtures: Iterable[str]) -> list[str]:
-    """Name the experts of a layer, by its modules of experts, that few calibration tokens, or none, were routed to."""
+    """Name the experts of a layer that few calibration tokens, or none, were routed to."""
     warnings = []
     solved = any(each.tokens and each.sparsity != "0%" for each in entry.operators)
     fits = solved or any(each.tokens and each.shrink for each in entry.removals)  # flap alone, for one, does not
