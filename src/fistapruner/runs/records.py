@@ -334,7 +334,7 @@ class RemovalEntry(Record):
     Args:
         unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
         kept: of experts, the numbers in the dense model of those that stay.
-        producers, consumer: the operators that write and read the channels.
+        consumer: the operator that reads the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
             ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
@@ -346,7 +346,6 @@ class RemovalEntry(Record):
     before: int
     after: int
     kept: list[int] | None = None
-    producers: list[str] = []
     consumer: str = ""
     method: str = ""
     compensate: str = ""
@@ -715,14 +714,14 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
-        yield from {"kind": self.kind, "status": self.status, "model": self.model.source}.items()
         totals = self.totals
-        figures: dict[str, Any] = {name: getattr(totals, name) for name in ("operator_weights", "operator_zeros")}
-        figures |= {"error": self.error, "seconds": totals.seconds}
+        figures: dict[str, Any] = {"model": self.model.source, "error": self.error, "seconds": totals.seconds}
+        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
         for name, side in (("perplexity", "perplexity"), ("dense_perplexity", "reference")):
             texts = [found for each in self.evaluations if (found := getattr(each, side))]
             figures[name] = {text.data: text.perplexity for text in texts} or None
-        yield from ((name, value) for name, value in figures.items() if value is not None)
+        figures = {name: value for name, value in figures.items() if value is not None}
+        yield from {"kind": self.kind, "status": self.status, **figures}.items()
 
     @property
     def operators(self) -> list[OperatorEntry]:
