@@ -30,7 +30,7 @@ from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout, discover
 from ..models.record import read_pruning_record, recorded_claims, refuse_low_rank
-from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.source import ModelSource, Permissions
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import Store, scratch_factory
 from ..passes.stream import check_model
@@ -84,27 +84,19 @@ class Request:
     """What a command asks of a pruning run.
 
     Args:
-        model: as the user named it.
-        recipe: all settings.
-        permissions: what the model's files may do.
+        model: as the user named it; ``source``: its folder.
+        recipe: all settings, resolved.
         command: shell line that reproduces the run; None where there is none.
         evaluation: the text to evaluate on after the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
-        found: the model where it was found before; None finds it.
     """
 
     model: str
     recipe: Recipe
-    permissions: Permissions = UNTRUSTED
+    source: ModelSource
     command: str | None = None
     evaluation: EvaluationRequest | None = None
     drawn: tuple[Tensor, dict[str, Any]] | None = None
-    found: ModelSource | None = None
-
-    @property
-    def source(self) -> ModelSource:
-        """The model's folder."""
-        return self.found or self.permissions.find(self.model)
 
 
 @dataclass(frozen=True)
