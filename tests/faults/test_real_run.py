@@ -11,20 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SETTINGS = [
-    "--calibration",
-    "python",
-    "--samples",
-    "4",
-    "--seqlen",
-    "64",
-    "--method",
-    "wanda",
-    "--set",
-    "execution.threads=1",
-    "--evaluate",
-    "none",
-]
+SETTINGS = (
+    "--calibration python --samples 4 --seqlen 64 --method wanda --set execution.threads=1 --evaluate none".split()
+)
 
 
 @pytest.mark.slow

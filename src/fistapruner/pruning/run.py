@@ -195,7 +195,7 @@ def plan_pruning(
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
     opened = open_operators(source, recipe)
-    plan = make_plan(opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True)
+    plan = make_plan(opened.context, folder, timed=True)
     return replace(plan, notes=(*opened.notes, *plan.notes))
 
 
