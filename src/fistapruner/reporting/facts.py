@@ -68,12 +68,17 @@ def preference_facts(report: Report) -> list[Fact]:
         for name, each in (("before", sides[2]), ("dense", sides[1]))
         if each is not None and each.p_value is not None
     ]
-    shares = ["" if each is None else percent_with_error(each.accuracy, each.accuracy_error) for each in sides]
-    by_token = ["" if each is None else percent_with_error(each.normalised, each.normalised_error) for each in sides]
+    shares, by_token = (
+        [
+            "" if each is None else percent_with_error(getattr(each, name), getattr(each, f"{name}_error"))
+            for each in sides
+        ]
+        for name in ("accuracy", "normalised")
+    )
     how = f"{pairs}; log-probabilities a token"
     rows = [
-        Fact(QUALITY, "Preference accuracy, %", *shares, "; ".join([pairs, *tests])),
-        Fact(QUALITY, "Preference accuracy by token, %", *by_token, how),
+        Fact(QUALITY, "Preference accuracy, %", shares[0], shares[1], shares[2], "; ".join([pairs, *tests])),
+        Fact(QUALITY, "Preference accuracy by token, %", by_token[0], by_token[1], by_token[2], how),
     ]
     if found.margin is not None:
         margin = with_error(found.margin, found.margin_error, 3)
@@ -341,7 +346,7 @@ def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, st
 
 
 def summary(report: Report, folder: str | Path = "") -> str:
-    """Write the table that is printed at the end of a run; ``folder``: of the run, if not that of its report."""
+    """Write the table that is printed at the end of a run, in ``folder`` or in that of its report."""
     folder = Path(folder or report.folder or "RUN")
     rows = [
         fact.row
