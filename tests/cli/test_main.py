@@ -20,7 +20,7 @@ import tiny
 from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.run import plan_pruning
-from fistapruner.runs.lock import hold
+from fistapruner.runs.log import hold
 from fistapruner.settings.base import MAX_SEED
 from fistapruner.settings.prune import Recipe
 

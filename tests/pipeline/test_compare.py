@@ -18,8 +18,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Listener
+from fistapruner.runs.log import Listener, hold
 from fistapruner.runs.records import Comparison, load_comparison, load_run
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}

@@ -22,8 +22,7 @@ from fistapruner.cli import main
 from fistapruner.measure.run import put_in_place
 from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.measured import quality_facts
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Listener
+from fistapruner.runs.log import Listener, hold
 from fistapruner.runs.records import Evaluation, Perplexity, TaskResult, is_run, load_run
 from speeds import in_this_process
 

@@ -21,8 +21,7 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.reporting.terminal import status_facts, status_text
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import StepJournal
+from fistapruner.runs.log import StepJournal, hold
 from fistapruner.runs.records import VERSION, LayerEntry, Report, load_run, parse
 from fistapruner.runtime.show import (
     align_columns,

@@ -18,8 +18,7 @@ import torch
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import PRUNING_RECORD
 from fistapruner.runs.directory import LayerJournal, PruneDirectory, RecoverDirectory, RunDirectory, refuse_out
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Listener, Logged, StepJournal, log_file, spent
+from fistapruner.runs.log import Listener, Logged, StepJournal, hold, log_file, spent
 from fistapruner.runs.records import LayerEntry, ModelFacts, Report, load_run, parse
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.store import Snapshots

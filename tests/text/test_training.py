@@ -18,9 +18,8 @@ from test_windows import LETTERS, letters_tokenizer, text_of, tiny_model
 from fistapruner import FistaPrunerError
 from fistapruner.measure.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.train import RecoverRecipe, TrainingData
+from fistapruner.settings.train import TrainingData
 from fistapruner.text.training import TrainingText, order, pack_documents, shared_documents, training_text
-from fistapruner.training.recovery import check_mixture
 
 EOS = "</s>"
 WORDS = st.text(LETTERS, min_size=1, max_size=30)
@@ -216,24 +215,6 @@ def test_a_mixture_takes_the_same_number_of_tokens_from_each_task(tmp_path: Path
         assert len(set(own[:there])) == min(there, len(own))
     with pytest.raises(FistaPrunerError, match="needs"):
         order(text, 1, 2, data)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(2, 9), st.integers(1, 9), st.integers(1, 5), st.none() | st.integers(1, 9), st.integers(1, 900))
-def test_what_is_named_is_enough_for_a_mixture(
-    tasks: int, per_round: int, windows_per_step: int, steps: int | None, tokens: int
-) -> None:
-    texts = {str(number): "python" for number in range(tasks)}
-    asked: dict[str, Any] = {"windows_per_step": windows_per_step, "steps": steps}
-    asked["data"] = {"source": texts, "tokens": tokens, "per_round": min(per_round, tasks)}
-    try:
-        check_mixture(RecoverRecipe(**asked), 32)
-    except FistaPrunerError as error:
-        advice = str(error).partition(": take ")[2].partition(", or per_round ")[0]
-        for value, name in re.findall(r"at least (\d+) (\w+)", advice):
-            (asked if name == "steps" else asked["data"])[name] = int(value)
-        assert (asked["steps"], asked["data"]["tokens"]) != (steps, tokens)
-        check_mixture(RecoverRecipe(**asked), 32)
 
 
 def test_generated_text_is_a_task_too_and_comes_last(tmp_path: Path) -> None:

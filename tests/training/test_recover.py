@@ -26,7 +26,7 @@ from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, summary, training_facts
 from fistapruner.reporting.figures import mean_error
 from fistapruner.runs.directory import RecoverDirectory
-from fistapruner.runs.lock import hold
+from fistapruner.runs.log import hold
 from fistapruner.runs.records import Report, load_run
 from tiny import tensors
 

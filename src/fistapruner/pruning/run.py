@@ -17,16 +17,13 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, refuse_out
-from ..runs.lock import hold
-from ..runs.log import Listener, Logged, Times, log_file, spent
+from ..runs.log import Listener, Logged, Times, hold, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
-    execution_here,
     interrupted_with,
     refuse_another,
-    refuse_lost_text,
     refuse_other_model,
     refuse_other_settings,
     refuse_other_versions,
@@ -140,11 +137,12 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     """
     settled = run.begun_record()
     decision, recipe = settled.decision, Recipe.build(settled.recipe, str(run.run_file))
-    refuse_lost_text(decision.evaluation)
+    if decision.evaluation is not None:
+        check_data(decision.evaluation.data)
     return prune(
         decision.model,
         run.folder,
-        recipe=recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)}),
+        recipe=recipe,
         listener=listener,
         command=settled.command,
         evaluate=decision.evaluation.data if decision.evaluation else None,

@@ -35,8 +35,8 @@ from .inputs import Inputs, Request, check_inputs
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Inputs as TrainingInputs
     from ..training.settle import Request as TrainingRequest
+    from ..training.settle import Settling
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_s
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | TrainingInputs,
+    inputs: Inputs | Settling,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,

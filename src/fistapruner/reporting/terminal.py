@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, out_path, printable
-from ..runs.lock import holder
+from ..runs.log import holder
 from ..runs.records import FIGURES, RUNS, Recovery, Report, is_comparison, is_run, load_comparison, load_run
 from ..runtime.files import read_json
 from ..runtime.show import align_columns, duration, finite, percent, shell_line

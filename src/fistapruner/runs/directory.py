@@ -3,7 +3,7 @@
     RUN/
         recipe.yaml                every setting
         run.json                   model, machine, the decisions before the long work, and a checksum
-        lock  log.txt  times.json  who works here, what happened, seconds of every process
+        lock  log.txt  times.json  who works here, what happened, seconds of every process (:mod:`.log`)
         report.json  report.html   the report
         model/  model.json         the finished checkpoint; checksums of its weight files, names of its other files
         adapter/                   low-rank parts of the operators, where the recipe asks for them
@@ -63,9 +63,9 @@ from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
 from .log import TIMES
-from .records import LayerEntry, Record, Report, is_run, load_run, parse
+from .records import Record, Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
-from .store import Snapshots, Store
+from .store import LayerJournal, Snapshots
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -96,11 +96,7 @@ class ModelRecord(Record):
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
+    """Refuse an output folder that is a file, or whose path is not UTF-8."""
     require_utf8(out)
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
@@ -137,26 +133,20 @@ class RunDirectory(Generic[R_co]):
     # --- the place
 
     def check_place(self) -> None:
-        """Refuse a place that is neither new, nor empty, nor a run, or that has others' files in it.
-
-        Raises:
-            FistaPrunerError: names what is in the way.
-        """
+        """Refuse a place that is neither new, nor empty, nor a run, or that has others' files in it."""
         refuse_out(self.folder)
-        if self.folder.is_dir() and not self.run_file.exists() and (others := self._foreign()):
+        if self.run_file.exists():
+            return
+        ours = rf"{EARLY}|lock|{self.text_name}\.safetensors{re.escape(PARTIAL)}"
+        with suppress(*UNREADABLE):
+            if DRAWING in SafetensorsFile(self.text_file).metadata:
+                ours += rf"|{self.text_name}\.safetensors|{DRAWN}"
+        others = [path.name for path in entries(self.folder) if not re.fullmatch(ours, path.name)]
+        if others:
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
             raise FistaPrunerError(
                 f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
             )
-
-    def _foreign(self) -> list[str]:
-        """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        text = self.text_name
-        names = rf"{EARLY}|lock|{text}\.safetensors{re.escape(PARTIAL)}"
-        with suppress(*UNREADABLE):
-            if DRAWING in SafetensorsFile(self.text_file).metadata:
-                names += rf"|{text}\.safetensors|{DRAWN}"
-        return [path.name for path in entries(self.folder) if not re.fullmatch(names, path.name)]
 
     @contextmanager
     def created(self) -> Iterator[None]:
@@ -187,28 +177,23 @@ class RunDirectory(Generic[R_co]):
         """
         if not self.run_file.exists():
             return None
-        content, fault = {}, ""
         try:
-            content = read_sealed_json(self.run_file)
+            content, fault = read_sealed_json(self.run_file), ""
         except OSError as error:
             raise unreadable(self.run_file, error) from None
         except ValueError as error:
-            fault = f"{self.run_file} is damaged ({error})"
-        if not fault and content.pop("format", 0) != FORMAT:
+            content, fault = {"format": FORMAT, "kind": self.verb}, f"{self.run_file} is damaged ({error})"
+        if content.pop("format", 0) != FORMAT:
             by = (content.get("versions") or {}).get("fistapruner", "unknown")
             fault = f"{self.run_file} was written by another release of fistapruner ({by}), in another format"
-        elif not fault and self.verb not in (None, found := content.get("kind", "prune")):
+        elif self.verb not in (None, found := content.get("kind", "prune")):
             fault = f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}"
         if fault:
             raise FistaPrunerError(f"{fault}: name another folder")
         return cast("R_co", parse(self.schema, content, str(self.run_file)))
 
     def begun_record(self) -> R_co:
-        """Read ``run.json`` of a run that was begun.
-
-        Raises:
-            FistaPrunerError: as for :meth:`record`, or there is none.
-        """
+        """Read ``run.json`` of a run that was begun; a FistaPrunerError says that there is none."""
         if (record := self.record()) is None:
             raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
         return record
@@ -223,11 +208,7 @@ class RunDirectory(Generic[R_co]):
         write_text_atomic(self.recipe_file, text)
 
     def read_report(self) -> Report:
-        """Read ``report.json``.
-
-        Raises:
-            FistaPrunerError: it is missing or damaged, or a newer release wrote it.
-        """
+        """Read ``report.json``; a FistaPrunerError says that it is missing, damaged or of a newer release."""
         return parse(Report, read_json(self.report_file), str(self.report_file))
 
     def write_report(self, report: Report) -> None:
@@ -294,11 +275,7 @@ class RunDirectory(Generic[R_co]):
         return None
 
     def check_model(self) -> None:
-        """Refuse a checkpoint that is to be removed and holds files that this run did not write.
-
-        Raises:
-            FistaPrunerError: names the first of them.
-        """
+        """Refuse a checkpoint that is to be removed and holds files that this run did not write."""
         record = self.model_record()
         own = {*record.files, CARD} if record else set()
         if others := sorted(self._model_names() - own):
@@ -309,12 +286,9 @@ class RunDirectory(Generic[R_co]):
             )
 
     def remove_model(self) -> None:
-        """Remove the checkpoint, or what a killed attempt has left of it.
+        """Remove the checkpoint, or what a killed attempt has left of it, unless it holds files of others.
 
         ``model.json`` stays: it tells whose the files are.
-
-        Raises:
-            FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
         self.check_model()
         remove_folder(self.model)
@@ -328,25 +302,6 @@ class RunDirectory(Generic[R_co]):
     def _model_names(self) -> set[str]:
         files = (path for path in self.model.rglob("*") if not path.is_dir())
         return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
-
-
-class LayerJournal(Store):
-    """The decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
-
-    def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
-        """Store a finished layer: its pruned tensors by name, and its part of the report."""
-        self.put(entry.index, fingerprint, weights, entry.model_dump(mode="json"))
-
-    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
-        """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
-        content = self.get(index, fingerprint)
-        return None if content is None else LayerEntry.model_validate(content)
-
-    def remove_weights(self) -> None:
-        """Remove the tensors of all layers, which are as large as the model; their records stay."""
-        for path in self._own():
-            if path.suffix != ".json":
-                path.unlink()
 
 
 class PruneDirectory(RunDirectory[PruneRecord]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,11 @@ from torch import Tensor
 from ..errors import A_TEXT, FistaPrunerError, explain, path_text, with_name
 from ..models.checkpoint import Checkpoint
 from ..models.source import ModelSource
-from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..runtime.machine import versions
 from ..runtime.show import shell_line
-from ..settings.base import Execution
 from ..settings.prune import Recipe, SparsitySetting
 from ..settings.train import TrainingRecipe
-from .log import Listener
 from .records import Report
 
 if TYPE_CHECKING:
@@ -111,7 +107,7 @@ class TrainingDecision(RunDecision):
     """What a run that trains decides.
 
     Args:
-        asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
+        asked: settings of the recipe as they were asked for, with ``auto`` unresolved.
         checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input.
@@ -139,13 +135,13 @@ class RunRecord(Report):
 
 
 class PruneRecord(RunRecord):
-    """The content of a pruning run's ``run.json``."""
+    """What ``run.json`` holds of a pruning run."""
 
     decision: PruneDecision
 
 
 class TrainingRecord(RunRecord):
-    """The content of the ``run.json`` of a run that trains."""
+    """What ``run.json`` holds of a run that trains."""
 
     decision: TrainingDecision
 
@@ -234,19 +230,6 @@ def refuse_overlap(source: str | Path, out: Path) -> None:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
 
 
-def refuse_lost_text(known: EvaluationRequest | None) -> None:
-    """Refuse to resume a run whose text to evaluate on is a file that is gone.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
-        raise FistaPrunerError(
-            f"the text {known.data}, which this run evaluates on, is gone: give its command again with another "
-            "--evaluate, or with --evaluate none"
-        )
-
-
 def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Name the settings of sections as in messages."""
     flat: dict[str, Any] = {}
@@ -270,16 +253,6 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
         return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
     except ValidationError as error:
         raise FistaPrunerError(f"evaluate_{explain(error)}") from None
-
-
-def execution_here(execution: Execution, listener: Listener) -> Execution:
-    """Choose another device for a run that goes on where its own is not, and say so."""
-    try:
-        choose_device(execution.device)
-    except FistaPrunerError as error:
-        listener.say(f"{error}; this run goes on with {device_title(choose_device('auto'))}")
-        return execution.model_copy(update={"device": "auto"})
-    return execution
 
 
 def absolute(name: str) -> str:

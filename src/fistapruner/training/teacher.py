@@ -44,10 +44,9 @@ class Teacher:
         dense: LayerwiseModel,
         tokens: Tensor,
         folder: Path,
-        *,
         batch_size: int,
-        identity: str = "",
         windows: Sequence[int] | None = None,
+        identity: str = "",
         tick: Tick = silent,
     ) -> None:
         self.dense, self.tokens, self.folder = dense, tokens, folder
