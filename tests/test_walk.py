@@ -8,7 +8,7 @@ from pathlib import Path
 import walk
 
 PAGE = Path(__file__).parents[1] / "docs" / "walk.md"
-MOST = {"prune": 69, "recover": 62}
+MOST = {"prune": 67, "recover": 60}
 """Files that a run may enter; the aim is 70."""
 
 
