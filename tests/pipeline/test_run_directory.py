@@ -443,14 +443,6 @@ def test_text_that_the_model_writes_is_kept_when_it_is_whole(dense: Path, tmp_pa
     assert tiny.weights(tmp_path / "new") == tiny.weights(tmp_path / "run")
 
 
-def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that ``torchrun`` started all would want the lock."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(fp.FistaPrunerError, match="which 2 processes of torchrun cannot share"):
-        fp.resume(run)
-
-
 def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
     """By a command that names another."""
     record = PruneDirectory(run).begun_record()

@@ -22,7 +22,7 @@ from ..models.build import load_whole
 from ..models.record import read_pruning_record, refuse_low_rank
 from ..models.source import Permissions
 from ..models.write import require_new
-from ..pruning.result import check_zeros, model_documents
+from ..pruning.write import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
