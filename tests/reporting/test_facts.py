@@ -327,7 +327,7 @@ def test_only_structure_is_no_zeros_by_name() -> None:
     report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}
     assert report.only_structure
     report.recipe["allocation"] = {"re:mlp": "2:4", "re:self_attn": "2:4"}
-    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 2:4 by name")
+    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 0%, others by name")
     assert "Zeros" in found(report)
 
 

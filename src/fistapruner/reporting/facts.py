@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import printable
-from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
-from ..runs.records import Lineage, ModelFacts, Recovery, Report, Stage, TextSide
+from ..runs.records import (
+    DONE,
+    PHASES,
+    Lineage,
+    ModelFacts,
+    Recovery,
+    Report,
+    Stage,
+    TextSide,
+    amount_label,
+    methods_label,
+    sets_zeros,
+    training_label,
+)
 from ..runtime.show import (
     align_columns,
     count,

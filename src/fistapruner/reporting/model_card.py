@@ -13,8 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
-from ..runs.records import Report
+from ..runs.records import DONE, OTHERS_BY_NAME, Report, sparsity_label
 from ..settings.prune import WORKLOAD
 from .facts import base_model_name, facts, title_of
 from .figures import Drawing

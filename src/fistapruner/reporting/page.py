@@ -9,8 +9,7 @@ from pathlib import Path
 from ..errors import FistaPrunerError
 from ..measure import QUANTISE_FIRST
 from ..runs.directory import RunDirectory
-from ..runs.labels import DONE
-from ..runs.records import PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
+from ..runs.records import DONE, PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from ..runtime.show import count, percent
 from .comparison import comparison_page
