@@ -237,11 +237,10 @@ class _Pruning:
         settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, self.measures.metric)
         seen, calls = self.passes.streams.seen, self.context.calls
         with self.clock.phase("reconstruct"):
-            result = reconstruct_layer(
+            weights, self.record.extra["reconstruct"] = reconstruct_layer(
                 self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.record.parts
             )
-        self.record.weights |= result.weights
-        self.record.extra["reconstruct"] = result.record
+        self.record.weights |= weights
 
 
 def _short_names(group: Sequence[Operator]) -> str:
