@@ -31,13 +31,9 @@ BACK_OFF, SMALLEST = 0.3, 0.02
 class Descent:
     """How the learning rate changes, and AdamW's constants.
 
-    Args:
-        warm_up: share of the steps over which the learning rate rises from 0.
-        fall: how it goes on: ``cosine`` or ``linear`` to 0, or ``constant``.
-        goes_back: whether training goes back to the best weights after a check that is not better.
-        betas: decay rates of AdamW's moments. With a few hundred steps a second moment over 1,000 steps is never
-            reached.
-        decay: decoupled weight decay of pruned operators.
+    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. ``goes_back``: after a
+    check that is not better, training goes back to the best weights. With a few hundred steps the second of ``betas``
+    of 0.999 is never reached. ``decay`` is the decoupled weight decay of pruned operators.
     """
 
     warm_up: float = 0.1
@@ -134,9 +130,9 @@ class Loop:
             last = begin
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._step()
-                done, ahead = self.state.step - first, self.steps - self.state.step
-                if checked:
-                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
+                if checked is not None:
+                    each = (time.monotonic() - begin) / (self.state.step - first)
+                    self._say_check(*checked, each * (self.steps - self.state.step))
                 self.listener.tick(self.what, self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked or self.state.stopped or late:
