@@ -121,9 +121,9 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         for name, count in zip(tensors, counts.tolist(), strict=True):
             if count:
                 raise FistaPrunerError(
-                    f"{name}: {count} of its pruned weights are not 0 any more, changed by something other than a step of a "
-                    "torch.optim optimizer (a merged adapter, a trainer with its own copy of the weights): apply() of "
-                    "what hold_mask returned before the training (with hold_mask(model) as held) sets them to 0"
+                    f"{name}: {count} of its pruned weights are not 0 any more, and no step of a torch.optim optimizer "
+                    "did it (but a merged adapter, or a trainer with its own copy of the weights): apply() of what "
+                    "hold_mask returned before the training (with hold_mask(model) as held) sets them to 0"
                 )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -31,9 +31,9 @@ BACK_OFF, SMALLEST = 0.3, 0.02
 class Descent:
     """How the learning rate changes, and AdamW's constants.
 
-    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. ``goes_back``: after a
-    check that is not better, training goes back to the best weights. With a few hundred steps the second of ``betas``
-    of 0.999 is never reached. ``decay`` is the decoupled weight decay of pruned operators.
+    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. With ``goes_back``
+    training goes back to the best weights after a check that is not better. ``betas`` are for a few hundred steps, too
+    few for a second moment over 1,000; ``decay`` is the decoupled weight decay of pruned operators.
     """
 
     warm_up: float = 0.1
@@ -92,11 +92,9 @@ class Loop:
         step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
         tokens: returns the tokens with loss of a step.
-        descent: how the learning rate changes.
         patient: how many steps in a row may lack a finite loss.
         states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
-        listener: receives progress; ``what``: its name.
-        after_snapshot: called when a state is on the disk.
+        listener: receives progress, named ``what``; ``after_snapshot`` is called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
@@ -201,8 +199,8 @@ class Loop:
             how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
         elif state.step < self.steps:
             how += f", about {duration(left)} left"
-        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
-        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
+        loss = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
+        self.listener.say(f"step {state.step} of {self.steps}: {loss}: {how}")
 
     def _snapshot(self) -> None:
         if self.states is None:
