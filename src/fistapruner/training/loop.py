@@ -64,7 +64,6 @@ class State:
         before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
         rate: factor of the learning rate, before the schedule.
         stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
-        not_finite: steps in a row whose loss was not finite.
     """
 
     step: int = 0
@@ -73,7 +72,6 @@ class State:
     best_step: int = 0
     rate: float = 1.0
     stopped: bool = False
-    not_finite: int = 0
     fault: str | None = None
 
 
@@ -92,7 +90,6 @@ class Loop:
         step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
         tokens: returns the tokens with loss of a step.
-        patient: how many steps in a row may lack a finite loss.
         states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
         listener: receives progress, named ``what``; ``after_snapshot`` is called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
@@ -104,7 +101,6 @@ class Loop:
     held_out: Callable[[], tuple[float, dict[str, float]]]
     tokens: Callable[[int], int] = lambda number: 0
     descent: Descent = OURS
-    patient: int = 1
     states: Snapshots | None = None
     journal: Path | None = None
     fingerprint: str = ""
@@ -162,8 +158,7 @@ class Loop:
         finite = math.isfinite(loss) and math.isfinite(size)
         line: dict[str, Any] = {"step": number, "loss": loss if finite else None, "lr": factor}
         line |= {"size": size if finite else None, "tokens": self.tokens(number)}
-        state.not_finite = 0 if finite else state.not_finite + 1
-        if state.not_finite >= self.patient:
+        if not finite:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
             state.stopped = True
             line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
