@@ -21,9 +21,8 @@ from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
-from fistapruner.pruning.inputs import change_widths
-from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
+from fistapruner.pruning.settle import change_widths, choose_patterns
 from fistapruner.runtime.devices import peak_bytes
 from fistapruner.runtime.show import size
 from fistapruner.solvers import parse_method, solve
@@ -42,7 +41,7 @@ def bound_of(folder: Path, **settings: Any) -> Bound:
     recipe = Recipe.build(settings).resolved()
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout, widths = change_widths(model, discover(model).select(recipe), recipe, UNTRUSTED)
-    return Bound(model, layout, recipe, allocate(recipe, layout), widths)
+    return Bound(model, layout, recipe, choose_patterns(recipe, layout), widths)
 
 
 def plan_of(folder: Path, out: Path = Path(), **settings: Any) -> Plan:

@@ -28,7 +28,7 @@ from .measure.evaluate import evaluate
 from .measure.run import publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pruning.opened import open_model
+from .pruning.context import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
 from .reporting.page import write_page

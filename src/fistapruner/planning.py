@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from .models.operators import Layout, Operator
 from .papers.bypass import LENGTH, SEQUENCES
 from .passes.store import scratch_factory
 from .passes.stream import embed
-from .pruning.context import LayerContext, LayerStreams, fitted_groups, solved_groups
+from .pruning.context import LayerContext, LayerStreams
 from .pruning.drift import dense_windows, drift_sources, kept_width
 from .pruning.layer import prune_layer
 from .pruning.workers import default_threads, local_workers
@@ -224,6 +224,9 @@ class Bound:
         widths: Widths | None = None,
     ) -> None:
         self.model, self.layout, self.recipe, self.sparsity, self.widths = model, layout, recipe, sparsity, widths
+        self.context = LayerContext(
+            model, layout, recipe, sparsity, widths=widths, scratch=scratch_factory(None, model.dtype)
+        )
         self.samples, self.seqlen = recipe.calibration.samples, calibration_length(recipe.calibration, model)
         self.cuda, checkpoint, layers = model.device.type == "cuda", model.checkpoint, range(len(model))
         # The workers of an executor hand hidden states to each other in files, be it to one worker.
@@ -259,10 +262,9 @@ class Bound:
     def _count_layer(self, index: int) -> None:
         """Count what the groups of a layer need, and the values of a window that are stored inside of it."""
         recipe, layout, groups = self.recipe, self.layout, self.layout.layers[index]
-        units = () if self.widths is None else self.widths.channels(index)
-        solved = solved_groups(layout, index, self.sparsity, cut=self.widths is not None)
-        told = drift_sources(recipe, layout, index, units, same=recipe.propagate == "dense", solved=solved)
-        cut = [groups[number] for number in fitted_groups(layout, index, units, recipe)]
+        units, solved = self.context.units(index), self.context.solved(index)
+        told = drift_sources(self.context, index, same=recipe.propagate == "dense")
+        cut = [groups[number] for number in self.context.fitted(index)]
         found = [self._cut(group) for group in (*cut, *((unit.consumer,) for unit in units))]
         found += [self._solve(index, groups[number], told.get(number)) for number in solved]
         self.groups += found
@@ -393,12 +395,12 @@ class Bound:
         dense, pruned, dense_out, pruned_out = (store(name, (*shape, model.width)) for name in names)
         calls = embed(model, tokens, len(tokens), dense)
         pruned.write(0, dense.read(0, len(tokens)))
-        streams = LayerStreams(dense, None, dense_out, None)
+        streams = LayerStreams(dense, dense_out=dense_out)
         if recipe.propagate == "pruned":
             streams = LayerStreams(dense, pruned, dense_out, pruned_out)
-            streams = streams if recipe.dense_share else LayerStreams(None, pruned, None, pruned_out)
+            streams = streams if recipe.dense_share else LayerStreams(None, pruned, pruned_out=pruned_out)
         timed = recipe.model_copy(update={"reconstruct": steps})
-        context = LayerContext(model, self.layout, timed, self.sparsity, calls, store, widths=self.widths)
+        context = replace(self.context, recipe=timed, calls=calls, scratch=store)
         seconds = dict(prune_layer(context, self.heaviest, streams).entry.seconds)
         passing = sum(seconds.pop(phase, 0.0) for phase in ("capture", "gram")) * self.samples / len(tokens)
         if steps:

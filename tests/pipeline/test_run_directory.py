@@ -428,7 +428,7 @@ class StopsAt(Listener):
 def test_text_that_the_model_writes_is_kept_when_it_is_whole(dense: Path, tmp_path: Path) -> None:
     """A run that is stopped before its first layer ends with the same tokens and weights."""
     settings = {**SETTINGS, "weighting": "fisher", "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
-    for words in ("generating text: 36", "measuring"):  # in the second batch, of 32 and 8 texts
+    for words in ("generating text: 32", "measuring"):  # in the second batch, of 32 and 8 texts
         stops = StopsAt(words)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first decoder layer; give the same com"):
             fp.prune(dense, tmp_path / "run", listener=stops, **settings)
@@ -441,14 +441,6 @@ def test_text_that_the_model_writes_is_kept_when_it_is_whole(dense: Path, tmp_pa
     assert min(whole.shares) < 32
     assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), PruneDirectory(tmp_path / "run").tokens())
     assert tiny.weights(tmp_path / "new") == tiny.weights(tmp_path / "run")
-
-
-def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that ``torchrun`` started all would want the lock."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(fp.FistaPrunerError, match="which 2 processes of torchrun cannot share"):
-        fp.resume(run)
 
 
 def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:

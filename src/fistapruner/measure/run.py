@@ -19,10 +19,9 @@ from ..reporting.measured import speeds_text
 from ..reporting.model_card import model_card
 from ..reporting.page import write_page
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.labels import DONE
 from ..runs.lineage import Dense, dense_of, input_run, update_stage, write_lineage
 from ..runs.log import Listener, hold
-from ..runs.records import Evaluation, Generation, Report, is_run, load_run
+from ..runs.records import DONE, Evaluation, Generation, Report, is_run, load_run
 from ..runs.settled import EvaluationRequest, absolute, changed_files
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic

@@ -16,7 +16,7 @@ from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
-from ..runs.directory import PruneDirectory, refuse_out
+from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
 from ..runs.log import Listener, Logged, Times, hold, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
@@ -36,12 +36,12 @@ from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
 from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
-from .inputs import Request, check_sources, check_tokens, open_operators
-from .opened import RunContext
-from .result import refuse_foreign_files, reporting_failure
-from .settle import settle
-from .workers import Inspect, prune_layers
-from .write import write
+from ..training.run import ALIGN, RECOVER, resume_training
+from .context import RunContext
+from .layer import Inspect
+from .settle import Request, check_sources, open_operators, settle
+from .workers import prune_layers, require_ray
+from .write import refuse_foreign_files, reporting_failure, write
 
 
 @undisturbed()
@@ -91,7 +91,6 @@ def prune(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     model, out = path_text("model", model, A_MODEL), out_path(out)
-    check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
     run = PruneDirectory(out)
     run.check_place()
@@ -127,26 +126,46 @@ def prune(
         return measure(run, report, evaluation, request.recipe.execution, permissions, listener)
 
 
-def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
-    """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
+def resume(
+    out: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
+
+    What the model's files may do is not recorded: it is said with every command.
 
     Args:
-        run: its directory.
-        permissions: what the model's files may do; it is not recorded but said with every command.
+        out: the run directory.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
+
+    Raises:
+        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
     """
-    settled = run.begun_record()
-    decision, recipe = settled.decision, Recipe.build(settled.recipe, str(run.run_file))
-    if decision.evaluation is not None:
-        check_data(decision.evaluation.data)
+    out = out_path(out)
+    permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
+    if (found := RunDirectory(out).record()) is None:
+        again = "give its command again, and if that is refused with a new --out"
+        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
+    if found.kind != "prune":
+        return resume_training(RECOVER if found.kind == "recover" else ALIGN, out, permissions, listener)
+    run = PruneDirectory(out)
+    record = run.begun_record()
+    recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation
+    if evaluation is not None:
+        check_data(evaluation.data)
     return prune(
-        decision.model,
-        run.folder,
+        record.decision.model,
+        out,
         recipe=recipe,
         listener=listener,
-        command=settled.command,
-        evaluate=decision.evaluation.data if decision.evaluation else None,
-        evaluate_windows=decision.evaluation.windows if decision.evaluation else None,
+        command=record.command,
+        evaluate=evaluation.data if evaluation else None,
+        evaluate_windows=evaluation.windows if evaluation else None,
         **permissions.keywords(),
     )
 
@@ -226,9 +245,12 @@ def _prune(
 ) -> Report:
     """Settle the run, prune its missing layers, and write the checkpoint."""
     listener = Logged(told, times.note)
-    device = choose_device(request.recipe.execution.device)
+    execution, model = request.recipe.execution, None
+    device = choose_device(execution.device)
     reset_peak_memory(device)
-    fault, model = None if settled is None else run.fault(settled), None
+    if execution.executor == "ray":
+        require_ray(execution.address)
+    fault = None if settled is None else run.fault(settled)
     if settled is None or fault is not None:
         if fault is not None:
             listener.say(f"calibration and measurements are made again: {fault}")
@@ -241,36 +263,23 @@ def _prune(
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
+        context.clear_hidden()  # a killed process may have left some
         if todo:
             refuse_other_versions(run, settled)
             run.remove_model()
-            _prune_layers(context, todo, settled, request.recipe, listener, inspect)
-        context.clear_hidden()  # a killed process may have left them
-        alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
+            began = settled.machine.device_name or context.numerics.device
+            if began != (here := device_title(context.model.device)):
+                listener.say(f"this run began on {began}; on {here} its last bits may differ")
+            with disk_errors(context.hidden):
+                context.hidden.mkdir(parents=True)
+            listener.begin(len(context.model), len(context.model) - len(todo))
+            try:
+                prune_layers(context, todo, execution, listener, inspect)
+            finally:
+                listener.end()
+                context.clear_hidden()
+        alone = len(todo) == len(context.model) and execution.executor == "serial"
         return write(context, times, listener, earlier, alone=alone)
-
-
-def _prune_layers(
-    context: RunContext,
-    todo: set[int],
-    settled: PruneRecord,
-    recipe: Recipe,
-    listener: Listener,
-    inspect: Inspect | None,
-) -> None:
-    """Prune the decoder layers ``todo`` and journal each."""
-    began = settled.machine.device_name or context.numerics.device
-    if began != (device := device_title(context.model.device)):
-        listener.say(f"this run began on {began}; on {device} its last bits may differ")
-    context.clear_hidden()
-    with disk_errors(context.hidden):
-        context.hidden.mkdir(parents=True)
-    listener.begin(len(context.model), len(context.model) - len(todo))
-    try:
-        prune_layers(context, todo, recipe.execution, listener, inspect)
-    finally:
-        listener.end()
-        context.clear_hidden()
 
 
 def _how_to_continue(run: PruneDirectory) -> str:

@@ -22,7 +22,7 @@ from ..models.build import load_whole
 from ..models.record import read_pruning_record, refuse_low_rank
 from ..models.source import Permissions
 from ..models.write import require_new
-from ..pruning.result import check_zeros, model_documents
+from ..pruning.write import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
@@ -36,10 +36,10 @@ from .hold_mask import held_weights
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_adapter`` did with an adapter of some ``kind``, and its ``operators``: pruned ones that it changes.
+    """What ``merge_adapter`` did with an adapter of some ``kind``.
 
-    These have ``weights``, and ``zeros`` before as after. The adapter would have ``refilled`` some of them:
-    ``masked_share`` of the squared norm of its change, which the mask took.
+    It changes so many pruned ``operators``, with ``weights``, and ``zeros`` before as after. It would have ``refilled``
+    some of these: the mask took ``masked_share`` of the squared norm of its change.
     """
 
     model: Path

@@ -27,7 +27,7 @@ from ..papers.mrpo import (
     virtual_reference,
 )
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.log import Listener
 from ..runs.records import Alignment as Figures

@@ -37,7 +37,7 @@ DONE, READY = "", "ready"
 
 @dataclass
 class World:
-    """The processes of a run; with ``offload`` shards rest in main memory; ``told``: process 0 has said something."""
+    """The processes of a run; with ``offload`` shards rest in main memory; ``told`` by process 0."""
 
     rank: int = 0
     size: int = 1
@@ -182,7 +182,7 @@ class ShardedSnapshots(Snapshots):
 
 
 def restored(states: Snapshots, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
-    """Load the newest whole state of a run up to a step into what is trained; return its plain values, or None."""
+    """Load the newest whole state up to a step into what is trained; return its plain values, or None."""
     if isinstance(states, ShardedSnapshots):
         return states.restore(fingerprint, last, trained)
     if (snapshot := states.newest(fingerprint, last)) is None:

@@ -200,7 +200,7 @@ def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
 
 @torch.no_grad()
 def held_weights(model: nn.Module) -> dict[str, Weight]:
-    """Find the weights to hold, by name: pruned ones of linear modules in numbered layers, and of all experts."""
+    """Find the weights to hold, by name: of pruned linear modules and experts in numbered layers."""
     found, copied = {}, _copied(model)
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():

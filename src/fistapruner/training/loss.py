@@ -38,7 +38,7 @@ Run = Callable[[int, Tensor, Call], Tensor]
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss of predicted tokens: a ``share`` of the divergence from the dense model, the rest cross-entropy."""
+    """A loss of tokens: a ``share`` of the divergence from the dense model, the rest cross-entropy."""
 
     share: float
 
@@ -247,7 +247,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class PairTerms:
-    """What the loss of a pair is the sum of: its preference loss, and factors of the chosen answer's other losses.
+    """The terms of the loss of a pair: its preference loss, and factors of others of the chosen answer.
 
     ``likelihood`` is of the mean cross-entropy of its tokens, ``anchor`` of their mean divergence from the dense model.
     With ``accuracy`` pairs are counted whose chosen answer is not the more likely one, without a gradient.

@@ -203,7 +203,7 @@ class Masters:
         self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True)
 
     def step(self, factor: float) -> float:
-        """Take a step at ``factor`` times the first rates, unless the gradient's norm, returned, is not finite."""
+        """Take a step at ``factor`` times the first rates, unless the returned gradient norm is not finite."""
         for name, mask in self._masks.items():
             if (gradient := self.parameters[name].grad) is not None:
                 local(gradient).mul_(mask)

@@ -50,7 +50,7 @@ SHRINKAGE = 0.1
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """AdamW steps of one window each, the seed that draws them, the metric of output errors, the first step size.
+    """AdamW steps, the seed that draws their windows, the metric of output errors, the first step size.
 
     The metric is (width, width), positive semi-definite, or its (width,) diagonal; None is the identity.
     """

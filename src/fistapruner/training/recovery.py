@@ -22,7 +22,7 @@ from ..papers.mamf import Mixture
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..pruning.workers import default_threads
 from ..runs.directory import RecoverDirectory, TrainingDirectory
 from ..runs.log import Listener, read_steps

@@ -18,7 +18,7 @@ from ..measure.run import measure
 from ..models.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
-from ..pruning.result import (
+from ..pruning.write import (
     check_zeros,
     checkpoint_record,
     close_report,

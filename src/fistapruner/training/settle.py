@@ -24,7 +24,7 @@ from ..models.record import lost_structure, read_pruning_record, refuse_low_rank
 from ..models.source import UNTRUSTED, ModelSource, Permissions, pad_with_known_token
 from ..packed.checkpoint import is_packed
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
 from ..runs.directory import TrainingDirectory, checkpoint_of
