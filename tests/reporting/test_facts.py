@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner.measure.logits import perplexity_of
-from fistapruner.reporting.facts import facts, lineage_lines
+from fistapruner.reporting.facts import facts, lineage_lines, summary
 from fistapruner.reporting.measured import (
     NOT_MEASURED,
     Fact,
@@ -30,7 +30,7 @@ from fistapruner.reporting.measured import (
 )
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.terminal import status_text, summary
+from fistapruner.reporting.terminal import status_text
 from fistapruner.runs.records import (
     Alignment,
     Divergence,
@@ -325,7 +325,7 @@ def test_only_structure_is_no_zeros_by_name() -> None:
     report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}
     assert report.only_structure
     report.recipe["allocation"] = {"re:mlp": "2:4", "re:self_attn": "2:4"}
-    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 2:4 by name")
+    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 0%, others by name")
     assert "Zeros" in found(report)
 
 

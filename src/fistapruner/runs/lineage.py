@@ -75,7 +75,7 @@ def stage_of(report: Report) -> Stage:
         command=report.command,
         finished=report.finished,
         fingerprint=report.fingerprint,
-        settings={key: value for key, value in report.settings.items() if key != "execution"},
+        settings={key: value for key, value in report.recipe.items() if key != "execution"},
         versions=report.versions,
         figures=StageFigures(
             operator_weights=report.totals.operator_weights,

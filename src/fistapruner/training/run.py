@@ -273,11 +273,8 @@ def _write(
 ) -> Report:
     """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
 
-    Args:
-        training: the opened run; ``trained``: its loaded model with the best weights; ``state``: where training ended.
-        times: wall time of the run so far.
-        listener: receives progress.
-        earlier: report of the finished run whose checkpoint is written again.
+    ``trained`` is the loaded model with the best weights, ``state`` where training ended, and ``earlier`` the report of
+    the finished run whose checkpoint is written again.
     """
     run, model = training.run, training.model
     report: Report = run.begun_record().report()
