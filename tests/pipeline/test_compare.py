@@ -32,7 +32,7 @@ class Counts(Listener):
 
     def say(self, message: str) -> None:
         self.measured += message.startswith("evaluating on")
-        self.generated += message.startswith("generating text: 1.0 of")
+        self.generated += message.startswith("generating text: 0.0 of")
         if self.stop and message.startswith(self.stop):
             raise KeyboardInterrupt
 

@@ -25,7 +25,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.low_rank import LowRankAdapter
 from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
-from fistapruner.reporting.terminal import summary
+from fistapruner.reporting.facts import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import unfinished
 

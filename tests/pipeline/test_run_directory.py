@@ -428,7 +428,7 @@ class StopsAt(Listener):
 def test_text_that_the_model_writes_is_kept_when_it_is_whole(dense: Path, tmp_path: Path) -> None:
     """A run that is stopped before its first layer ends with the same tokens and weights."""
     settings = {**SETTINGS, "weighting": "fisher", "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
-    for words in ("generating text: 36", "measuring"):  # in the second batch, of 32 and 8 texts
+    for words in ("generating text: 32", "measuring"):  # in the second batch, of 32 and 8 texts
         stops = StopsAt(words)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first decoder layer; give the same com"):
             fp.prune(dense, tmp_path / "run", listener=stops, **settings)

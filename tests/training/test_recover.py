@@ -23,9 +23,8 @@ from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
-from fistapruner.reporting.facts import lineage_lines, training_facts
+from fistapruner.reporting.facts import lineage_lines, summary, training_facts
 from fistapruner.reporting.figures import mean_error
-from fistapruner.reporting.terminal import summary
 from fistapruner.runs.directory import RecoverDirectory
 from fistapruner.runs.log import hold
 from fistapruner.runs.records import Report, load_run

@@ -228,11 +228,11 @@ class _Pruning:
         settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, self.measures.metric)
         seen, calls = self.passes.streams.seen, self.context.calls
         with self.clock.phase("reconstruct"):
-            result = reconstruct_layer(
+            weights, record = reconstruct_layer(
                 self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.result.parts
             )
-        self.result.weights |= result.weights
-        self.result.entry.reconstruct = result.record  # type: ignore[attr-defined]
+        self.result.weights |= weights
+        self.result.entry.reconstruct = record  # type: ignore[attr-defined]
 
 
 def _short_names(group: Sequence[Operator]) -> str:

@@ -16,8 +16,7 @@ from .comparison import comparison_page
 from .facts import facts, next_steps, title_of
 from .figures import run_figures
 from .measured import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
-from .model_card import fact_table, public_recipe, yaml_text
-from .rendering import Section, Table, moment, page
+from .model_card import Section, Table, fact_table, moment, page, public_recipe, yaml_text
 
 MOST_WARNINGS = 20
 """Warnings that a page shows."""

@@ -14,9 +14,7 @@ from ..runs.log import holder
 from ..runs.records import FIGURES, RUNS, Recovery, Report, is_comparison, is_run, load_comparison, load_run
 from ..runtime.files import read_json
 from ..runtime.show import align_columns, duration, finite, percent, shell_line
-from .facts import facts, next_steps
 from .figures import mean_error
-from .measured import ORIGIN
 
 RECENT_STEPS = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
@@ -148,13 +146,9 @@ def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
 
 def _worked(report: Report, now: datetime) -> float:
     """Return the seconds in which at least one of the finished layers was worked on: workers share them."""
-    spans = []
-    for layer in report.layers:
-        took, ago = sum(layer.seconds.values()), _since(layer.finished, now)
-        if ago is not None:
-            spans.append((-ago - took, -ago))
+    found = ((_since(layer.finished, now), sum(layer.seconds.values())) for layer in report.layers)
     worked, until = 0.0, -math.inf
-    for begin, end in sorted(spans):
+    for begin, end in sorted((-ago - took, -ago) for ago, took in found if ago is not None):
         worked += max(0.0, end - max(begin, until))
         until = max(until, end)
     return worked
@@ -227,24 +221,3 @@ def _since(moment: str | None, now: datetime) -> float | None:
     except ValueError:
         return None
     return max(0.0, (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds())
-
-
-def summary(report: Report, folder: str | Path = "") -> str:
-    """Write the table that is printed at the end of a run.
-
-    Args:
-        report: the finished run.
-        folder: the run directory; where it is not given, that of the report.
-    """
-    folder = Path(folder or report.folder or "RUN")
-    rows = [
-        fact.row
-        for fact in facts(report)
-        if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
-    ]
-    rows += [("warning", printable(warning)) for warning in report.warnings]
-    rows.append(("checkpoint", str(folder / "model")))
-    if report.totals.low_rank_weights:
-        rows.append(("adapter", str(folder / "adapter")))
-    rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
-    return align_columns(rows)

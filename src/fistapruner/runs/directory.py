@@ -400,8 +400,8 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
         tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
         if isinstance(text, Pairs):
             tensors["test"] = text.test
-        about = {"tasks": text.tasks, "facts": text.facts, "documents": sorted(text.documents)}
-        write_tensors(self.text_file, tensors, {DRAWING: "", "about": json.dumps(about)})
+        about = json.dumps({"tasks": text.tasks, "facts": text.facts})
+        write_tensors(self.text_file, tensors, {DRAWING: "", "about": about})
 
     def text(self) -> TrainingText | None:
         """Read the training text, or the pairs; None where they are gone or damaged."""
@@ -411,8 +411,8 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             flags = ("marks", "held_out", "test")
             tensors = {name: file.read(name) for name in file.entries}
             fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
-            about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
-            return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
+            kind = Pairs if "test" in tensors else TrainingText
+            return kind(**fields, tasks=tuple(about["tasks"]), facts=about["facts"])
         return None
 
 

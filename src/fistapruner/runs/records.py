@@ -487,8 +487,6 @@ class Totals(ZeroCounts):
 
     Args:
         model_weights: of the whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
-        dense_flops_per_token, flops_per_token: of the matrices of decoder layers and head, before and after channels
-            were removed; None where none were.
         seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
         checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
@@ -498,8 +496,6 @@ class Totals(ZeroCounts):
 
     model_weights: int | None = None
     model_zeros: int | None = None
-    dense_flops_per_token: int | None = None
-    flops_per_token: int | None = None
     seconds: float | None = None
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
@@ -843,10 +839,8 @@ class CompareRow(Totals):
         text = f" and {percent(more)} more weights" if more else ""
         if removed := (self.settings.get("structure") or {}).get("remove"):
             parameters = share_of(self.model_weights, self.dense_weights)
-            flops = share_of(self.flops_per_token, self.dense_flops_per_token)
-            less = {"parameters": parameters, "FLOP a token": flops}
-            how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
-            text += f" (structure {removed_label(removed)} removed{how and f': {how}'})"
+            how = "" if parameters is None else f": −{percent(1 - parameters)} parameters"
+            text += f" (structure {removed_label(removed)} removed{how})"
         return text
 
 

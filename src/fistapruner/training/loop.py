@@ -31,13 +31,9 @@ BACK_OFF, SMALLEST = 0.3, 0.02
 class Descent:
     """How the learning rate changes, and AdamW's constants.
 
-    Args:
-        warm_up: share of the steps over which the learning rate rises from 0.
-        fall: how it goes on: ``cosine`` or ``linear`` to 0, or ``constant``.
-        goes_back: whether training goes back to the best weights after a check that is not better.
-        betas: decay rates of AdamW's moments. With a few hundred steps a second moment over 1,000 steps is never
-            reached.
-        decay: decoupled weight decay of pruned operators.
+    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. With ``goes_back``
+    training goes back to the best weights after a check that is not better. ``betas`` are for a few hundred steps, too
+    few for a second moment over 1,000; ``decay`` is the decoupled weight decay of pruned operators.
     """
 
     warm_up: float = 0.1
@@ -68,7 +64,6 @@ class State:
         before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
         rate: factor of the learning rate, before the schedule.
         stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
-        not_finite: steps in a row whose loss was not finite.
     """
 
     step: int = 0
@@ -77,7 +72,6 @@ class State:
     best_step: int = 0
     rate: float = 1.0
     stopped: bool = False
-    not_finite: int = 0
     fault: str | None = None
 
 
@@ -96,11 +90,8 @@ class Loop:
         step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
         tokens: returns the tokens with loss of a step.
-        descent: how the learning rate changes.
-        patient: how many steps in a row may lack a finite loss.
         states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
-        listener: receives progress; ``what``: its name.
-        after_snapshot: called when a state is on the disk.
+        listener: receives progress, named ``what``; ``after_snapshot`` is called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
@@ -110,7 +101,6 @@ class Loop:
     held_out: Callable[[], tuple[float, dict[str, float]]]
     tokens: Callable[[int], int] = lambda number: 0
     descent: Descent = OURS
-    patient: int = 1
     states: Snapshots | None = None
     journal: Path | None = None
     fingerprint: str = ""
@@ -134,9 +124,9 @@ class Loop:
             last = begin
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._step()
-                done, ahead = self.state.step - first, self.steps - self.state.step
-                if checked:
-                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
+                if checked is not None:
+                    each = (time.monotonic() - begin) / (self.state.step - first)
+                    self._say_check(*checked, each * (self.steps - self.state.step))
                 self.listener.tick(self.what, self.state.step, self.steps)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked or self.state.stopped or late:
@@ -168,8 +158,7 @@ class Loop:
         finite = math.isfinite(loss) and math.isfinite(size)
         line: dict[str, Any] = {"step": number, "loss": loss if finite else None, "lr": factor}
         line |= {"size": size if finite else None, "tokens": self.tokens(number)}
-        state.not_finite = 0 if finite else state.not_finite + 1
-        if state.not_finite >= self.patient:
+        if not finite:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
             state.stopped = True
             line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
@@ -205,8 +194,8 @@ class Loop:
             how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
         elif state.step < self.steps:
             how += f", about {duration(left)} left"
-        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
-        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
+        loss = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
+        self.listener.say(f"step {state.step} of {self.steps}: {loss}: {how}")
 
     def _snapshot(self) -> None:
         if self.states is None:

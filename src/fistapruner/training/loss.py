@@ -38,11 +38,7 @@ Run = Callable[[int, Tensor, Call], Tensor]
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss of predicted tokens.
-
-    Args:
-        share: of the divergence from the dense model; the rest is cross-entropy.
-    """
+    """A loss of tokens: a ``share`` of the divergence from the dense model, the rest cross-entropy."""
 
     share: float
 
@@ -134,8 +130,7 @@ class Objective:
     """The loss of windows of a text under a model with some of its tensors replaced.
 
     Args:
-        model: the pruned model, resident. Its embeddings, final norm and head are used as they are.
-        run: runs a decoder layer of it.
+        model: the pruned model, resident; ``run`` runs a decoder layer of it.
         text: the windows, and which of their tokens carry loss.
         loss: of each token, a :class:`TokenLoss`; of pairs :class:`PairTerms`.
         teacher: the dense model's predictions; needed where the loss has a divergence.
@@ -177,7 +172,7 @@ class Objective:
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
         """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` replaces the own."""
-        return self._each(windows, self._reduce, run or self.run)
+        return self._each(windows, self._reduce, run)
 
     def backward(self, windows: Sequence[int], count: float | None = None) -> float:
         """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
@@ -191,11 +186,13 @@ class Objective:
                     loss.backward()
         return total
 
-    def _each(self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run) -> Tensor:
+    def _each(
+        self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run | None = None
+    ) -> Tensor:
         """Return one fp64 number for each window."""
         found = torch.zeros(len(windows), dtype=torch.float64)
         for places, batch in self._batches(windows):
-            found[places] = reduce(self._hidden(batch, run), batch)
+            found[places] = reduce(self._hidden(batch, run or self.run), batch)
         return found
 
     def _length(self, windows: Sequence[int]) -> int:
@@ -250,13 +247,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class PairTerms:
-    """What the loss of a pair is the sum of.
+    """The terms of the loss of a pair: its preference loss, and factors of others of the chosen answer.
 
-    Args:
-        preference: loss of both answers against the references; None has none.
-        likelihood: factor of the mean cross-entropy of the chosen answer's tokens.
-        anchor: factor of the mean divergence from the dense model's predictions there; needs a teacher.
-        accuracy: count pairs whose chosen answer is not the more likely one; it has no gradient.
+    ``likelihood`` is of the mean cross-entropy of its tokens, ``anchor`` of their mean divergence from the dense model.
+    With ``accuracy`` pairs are counted whose chosen answer is not the more likely one, without a gradient.
     """
 
     preference: Preference | None = None
@@ -281,8 +275,7 @@ class PairObjective(Objective):
     @torch.no_grad()
     def log_probabilities(self, windows: Sequence[int]) -> Tensor:
         """Compute the (pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
-        likelihood = partial(self._token_sums, loss=LIKELIHOOD)
-        return -self._each(windows, likelihood, self.run).view(-1, 2)
+        return -self._each(windows, partial(self._token_sums, loss=LIKELIHOOD)).view(-1, 2)
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""

@@ -43,9 +43,6 @@ from .masked import Trained, descent_of
 from .settle import Request, Settling, identity
 from .teacher import Teacher
 
-MAX_NOT_FINITE = 3
-"""Steps without a finite loss in a row after which training without gradients stops."""
-
 
 @dataclass
 class Recovery:
@@ -243,7 +240,6 @@ class Recovery:
             held_out=check,
             tokens=lambda number: int(objective.loss_tokens(windows[number - 1].tolist())),
             descent=descent_of(self.recipe),
-            patient=MAX_NOT_FINITE if zeroth else 1,
             journal=self.run.steps_file if world.rank == 0 else None,
             fingerprint=self.fingerprint,
             what=self.progress,

@@ -30,12 +30,11 @@ class Teacher:
     """The dense model's last hidden states of the windows of a text.
 
     Args:
-        dense: the dense model.
-        tokens: (windows, seqlen) token ids.
+        dense: the dense model; ``tokens``: (windows, seqlen) token ids.
         folder: holds the blocks; made if it is not there.
         batch_size: windows in one pass.
-        identity: what else decides the stored values (a hash of the dense model's files and of the text).
         windows: their numbers in the order in which they are needed; None is all.
+        identity: what else decides the stored values (a hash of the dense model's files and of the text).
         tick: receives progress: (what, steps done, steps in all).
     """
 
