@@ -30,7 +30,7 @@ from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
 from ..settings.base import Execution
 from ..text.sources import document_hash, source_documents
-from ..text.training import shared_documents, training_documents
+from ..text.training import training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
@@ -136,7 +136,7 @@ def _evaluated(
     if compared.folder is None and not any(found.reference for found in report.evaluations):
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
         listener.say(f"no figures of the dense model, which {compared.gone}: '{add}' adds them")
-    for warning in seen_texts(report, request.data, own=report.kind == "prune"):
+    for warning in seen_texts(report, request.data):
         add_warning(report, warning, listener)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
@@ -200,34 +200,31 @@ def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
 
 
 def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:
-    """Warn that evaluation text has documents of calibration text; None where it has none.
+    """Warn that evaluation text has documents of calibration or training text; None where it has none.
 
     Known data sets, and Python's language reference, have parts of their own for both, so only files are compared.
-
-    Args:
-        sources: of the calibration text.
-        data: the evaluation text.
-        training: the sources are of training text.
     """
     files = [source for source in sources if Path(source).is_file()]
     if not files or not Path(data).is_file():
         return None
     read = training_documents if training else source_documents
     known = {document_hash(document) for file in files for document in read(file)}
-    return shared_documents(known, evaluation_documents(data), data, "training" if training else "calibration")
+    documents = evaluation_documents(data)
+    shared = [document for document in documents if document_hash(document) in known]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of the {len(documents)} documents of the evaluation text {data!r} are also in the "
+        f"{'training' if training else 'calibration'} text (such as {' '.join(shared[0][:200].split())[:40]!r}): "
+        "figures on it are too good"
+    )
 
 
-def seen_texts(report: Report, data: str, *, own: bool = True) -> list[str]:
-    """Warn of evaluation text that is also calibration or training text of a run or of those before it.
-
-    Args:
-        report: of the run.
-        data: the evaluation text.
-        own: compare the run's own text too; a run that trains has compared the documents that it took of it.
-    """
+def seen_texts(report: Report, data: str) -> list[str]:
+    """Warn of evaluation text that is also calibration or training text of a run or of those before it."""
     stages = report.lineage.stages if report.lineage else []
     runs = [(stage.kind, stage.settings) for stage in stages if stage.fingerprint != report.fingerprint]
-    runs += [(report.kind, report.recipe)] if own else []
+    runs.append((report.kind, report.recipe))
     found = []
     for kind, section in (("prune", "calibration"), ("recover", "data")):
         texts = [(settings.get(section) or {}).get("source") for verb, settings in runs if verb == kind]

@@ -15,8 +15,9 @@ import torch
 
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..measure.data import check_data, evaluation_documents, load_windows
+from ..measure.data import check_data, load_windows
 from ..measure.inspection import inspect_checkpoint
+from ..measure.run import shared_text
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import LowRankAdapter
 from ..models.operators import Layout, discover
@@ -49,7 +50,7 @@ from ..runtime.numerics import dtype_name, pass_dtype
 from ..runtime.show import shell_line
 from ..settings.train import TrainingRecipe
 from ..text.sources import PYTHON
-from ..text.training import TrainingText, shared_documents
+from ..text.training import TrainingText
 from ..text.windows import window_length
 from .plan import plan_training
 
@@ -228,9 +229,9 @@ class Settling:
         request, run, recipe, model = self.request, self.request.run, self.recipe, self.model
         text = self.text or request.verb.cut(self)
         run.write_text(text)
-        if self.evaluation is not None:
-            documents = evaluation_documents(self.evaluation.data)
-            if warning := shared_documents(text.documents, documents, self.evaluation.data):
+        if self.evaluation is not None and not len(text.test):  # pairs are no documents
+            sources = [task["source"] for task in text.facts["tasks"].values()]
+            if warning := shared_text(sources, self.evaluation.data, training=True):
                 self.warn(warning)
         numerics = numerics_of(model, recipe.execution, self.plan.batch_size)
         low_rank = LowRankAdapter.beside(self.source.folder)
