@@ -134,7 +134,7 @@ class Loop:
         return self.state
 
     def _take(self, work: Callable[[], dict[str, Any]]) -> bool:
-        """Do a step's work, journal the line that it returns, and say its check; return whether it has one."""
+        """Do a step's work, journal the line that it returns, say its check; return whether it has one."""
         begin = time.perf_counter()
         line, state = work(), self.state
         if self._journal is not None:
@@ -167,7 +167,7 @@ class Loop:
         return {"step": 0, "held_out": loss, "kept": True, "by_task": by_task}
 
     def _step(self) -> dict[str, Any]:
-        """Take a step; where a check is due, keep the weights if their held-out loss is the lowest, else go back."""
+        """Take a step; at a check keep the weights if their held-out loss is the lowest, else go back."""
         state = self.state
         number = state.step = state.step + 1
         factor = state.rate * self.descent.factor(number, self.steps)
