@@ -97,7 +97,6 @@ def prune(
     refuse_overlap(model, out)
     recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
     permissions = Permissions(allow_pickle, trust_remote_code)
-    request = Request(model, recipe, permissions, command, evaluation, tokens, source)
     told = listener or Listener()
     with (
         interrupted_with(lambda: _how_to_continue(run)),
@@ -111,7 +110,9 @@ def prune(
             check_sources(recipe)
             if evaluation is not None:
                 check_data(evaluation.data)
-        request = _resolved(request, settled)
+        source = source or _find(model, permissions, settled)
+        recipe = recipe.resolved(earlier=settled.recipe if settled else None, family=source.family)
+        request = Request(model, recipe, source, command, evaluation, tokens)
         report, fault = None, None
         if settled is not None:
             report, fault = run.finished_report(settled.fingerprint)
@@ -123,7 +124,7 @@ def prune(
                 report = _prune(run, request, settled, report, times, told, inspect)
         else:
             listener.say(f"{out} holds the finished run of this recipe")
-        return measure(run, report, evaluation, request.recipe.execution, permissions, listener)
+        return measure(run, report, evaluation, recipe.execution, permissions, listener)
 
 
 def resume(
@@ -194,19 +195,15 @@ def plan_pruning(
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
     opened = open_operators(source, recipe)
-    plan = make_plan(opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True)
+    plan = make_plan(opened.context, folder, timed=True)
     return replace(plan, notes=(*opened.notes, *plan.notes))
 
 
-def _resolved(request: Request, settled: PruneRecord | None) -> Request:
-    """Find the model, and resolve ``auto``; the choices of a run that goes on stay."""
-    decided = settled.decision if settled else None
-    # A name that is no path may lead to other files by now, such as a later commit on the hub.
-    if decided is not None and decided.model == request.model and not Path(request.model).exists():
-        request = replace(request, found=request.permissions.at(decided.folder))
-    request = replace(request, found=request.source)
-    recipe = request.recipe.resolved(earlier=settled.recipe if settled else None, family=request.source.family)
-    return replace(request, recipe=recipe)
+def _find(model: str, permissions: Permissions, settled: PruneRecord | None) -> ModelSource:
+    """Find the model; what a name of the hub leads to may have changed since the run began."""
+    if settled is not None and settled.decision.model == model and not Path(model).exists():
+        return permissions.at(settled.decision.folder)
+    return permissions.find(model)
 
 
 def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request, *, finished: bool) -> None:
@@ -259,7 +256,7 @@ def _prune(
         if before is not None and before.fingerprint != settled.fingerprint:
             times.forget()
     listener.tick("opening the run", 0, 1)
-    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
+    context = RunContext.open(run.folder, device, request.source.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}

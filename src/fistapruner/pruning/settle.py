@@ -30,7 +30,7 @@ from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout, discover
 from ..models.record import read_pruning_record, recorded_claims, refuse_low_rank
-from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.source import ModelSource, Permissions
 from ..papers.bypass import SEQUENCES, Bypass
 from ..passes.store import Store, scratch_factory
 from ..passes.stream import check_model
@@ -66,7 +66,7 @@ from ..structure.units import EXPERT, layer_weights
 from ..text import calibration_length, calibration_tokens
 from ..text.generate import load_writer
 from ..text.sources import check_source
-from .context import open_model
+from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
@@ -84,27 +84,19 @@ class Request:
     """What a command asks of a pruning run.
 
     Args:
-        model: as the user named it.
-        recipe: all settings.
-        permissions: what the model's files may do.
+        model: as the user named it; ``source``: its folder.
+        recipe: all settings, resolved.
         command: shell line that reproduces the run; None where there is none.
         evaluation: the text to evaluate on after the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
-        found: the model where it was found before; None finds it.
     """
 
     model: str
     recipe: Recipe
-    permissions: Permissions = UNTRUSTED
+    source: ModelSource
     command: str | None = None
     evaluation: EvaluationRequest | None = None
     drawn: tuple[Tensor, dict[str, Any]] | None = None
-    found: ModelSource | None = None
-
-    @property
-    def source(self) -> ModelSource:
-        """The model's folder."""
-        return self.found or self.permissions.find(self.model)
 
 
 @dataclass(frozen=True)
@@ -112,21 +104,21 @@ class Inputs:
     """The opened model and what a run does to its operators.
 
     Args:
-        source: the dense model's folder; ``model``: the model.
-        layout: operators to prune; ``smaller``: the same in the shapes that they are to have.
-        widths: whose channels are removed; None where none are.
-        sparsity: the recipe's pattern of every operator, by full name.
+        source: the dense model's folder; ``layout``: operators to prune, in the shapes that they have.
+        context: the model, and what is done to these.
         warnings: what a smaller model loses; ``notes``: what is removed, and these.
     """
 
     source: ModelSource
-    model: LayerwiseModel
     layout: Layout
-    smaller: Layout
-    widths: Widths | None
-    sparsity: Mapping[str, Constraint]
+    context: LayerContext
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> LayerwiseModel:
+        """The dense model."""
+        return self.context.model
 
 
 # --- the input, checked before any long work
@@ -160,11 +152,12 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     layout = discover(model).select(recipe)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = choose_patterns(recipe, smaller, model.config.model_type)
+    scratch = scratch_factory(None, model.dtype)
+    context = LayerContext(model, smaller, recipe, sparsity, widths, scratch=scratch)
     if widths is None:
-        return Inputs(source, model, layout, smaller, widths, sparsity)
+        return Inputs(source, layout, context)
     warnings = tuple(_losses(model, recipe, widths))
-    notes = (_removed(model, widths), *warnings)
-    return Inputs(source, model, layout, smaller, widths, sparsity, warnings, notes)
+    return Inputs(source, layout, context, warnings, (_removed(model, widths), *warnings))
 
 
 def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
@@ -297,7 +290,7 @@ def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dty
     check_model(model)
     for sentence in inputs.notes:
         listener.say(sentence)
-    if inputs.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
+    if inputs.context.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
         listener.say("sparsity 0% and no structure: no weight becomes zero")
     shape = recipe.calibration.samples, calibration_length(recipe.calibration, model)
     if request.drawn is not None and request.drawn[0].shape != shape:
@@ -344,9 +337,7 @@ def settle(
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
         listener.tick("planning", 0, 1)
-        plan = make_plan(
-            model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn is not None
-        )
+        plan = make_plan(inputs.context, run.folder, drawn=drawn is not None)
         for sentence in plan.says:
             listener.say(sentence)
         numerics = numerics_of(model, recipe.execution, plan.choice.batch_size)
@@ -384,13 +375,13 @@ def settle(
             evaluation=request.evaluation,
             dense=dense and dense.folder,
             dense_stamps=dense.stamps if dense else (),
-            sparsity=dict((measured.sparsity if measured else None) or inputs.sparsity),
+            sparsity=dict((measured.sparsity if measured else None) or inputs.context.sparsity),
             on_disk=on_disk,
             on_device=on_device,
             calibration_sha256=text,
             metrics_sha256=sha256_file(run.metrics_file) if run.metrics_file.is_file() else None,
             seconds=seconds,
-            structure=None if inputs.widths is None else inputs.widths.record(),
+            structure=inputs.context.widths and inputs.context.widths.record(),
         ),
     )
     run.write_recipe(recipe.to_yaml())
@@ -429,7 +420,7 @@ def _measure(
 ) -> Decision | None:
     """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
     run.metrics_file.unlink(missing_ok=True)
-    model, widths, scores, found = inputs.model, inputs.widths, dict[str, Tensor](), Decision()
+    model, widths, scores, found = inputs.model, inputs.context.widths, dict[str, Tensor](), Decision()
     if recipe.structure.method == "bypass" and widths is not None:
 
         def learn(windows: int) -> dict[tuple[int, str], Tensor]:
@@ -444,7 +435,7 @@ def _measure(
 
         def decide_all(windows: int) -> Decision:
             passes = DensePasses(store, windows, listener.tick)
-            return decide(recipe, inputs.layout, model, tokens, inputs.sparsity, passes, inputs.smaller)
+            return decide(recipe, inputs.layout, model, tokens, inputs.context.sparsity, passes, inputs.context.layout)
 
         found = _fitting(model, "measure sensitivity", decide_all, min(4, batch_size), listener)
     elif not scores:

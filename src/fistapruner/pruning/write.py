@@ -16,11 +16,10 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..models.build import build_changed
 from ..models.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import journaled_factors, write_adapter
-from ..models.operators import Layout, Operator, expert_modules, operators_by_weight
+from ..models.operators import Layout, Operator, operators_by_weight
 from ..models.record import LOW_RANK, MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
 from ..models.safetensors import LazyTensors, SafetensorsFile
 from ..models.write import write_checkpoint
@@ -32,7 +31,6 @@ from ..runs.records import VERSION, Report, Totals, load_run
 from ..runtime.devices import peak_device_memory, peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.machine import now
-from ..structure.experts import chosen_experts
 from ..structure.smaller import changed_config, dropped_tensors, unread_tensors
 from .context import RunContext
 
@@ -116,7 +114,8 @@ def write(
     report.totals.peak_device_memory = peak_device_memory(model.device) if alone else None
     own = operator_claims(report, model)
     claims = {**own, **_kept_claims(context, own, changed)}
-    report.totals.model_zeros = claimed_zeros(claims)
+    pruned = [claim.get("zeros") for claim in claims.values() if claim.get("sparsity") != "0%"]
+    report.totals.model_zeros = sum(zeros for zeros in pruned if type(zeros) is int)
     report.stacked_experts = any(map(stack_of, claims))
     report.finished = now()
     update_stage(report)
@@ -150,50 +149,19 @@ def write(
 
 
 def _totals(report: Report, context: RunContext, changed: ChangedTensors) -> Totals:
-    """Add up weights, times and memory of the layers, and count the work for a token."""
+    """Add up weights, times and memory of the layers."""
     model, layers = context.model, report.layers
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
             split[phase] = split.get(phase, 0.0) + value
-    totals = Totals(
+    return Totals(
         operator_weights=report.operator_weights,
         operator_zeros=report.operator_zeros,
         model_weights=model.parameter_count(changed.shapes, changed.dropped),
         time_split=split,
         peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in layers)),
     )
-    if context.widths is not None:
-        trusted = context.permissions.trust_remote_code
-        smaller = build_changed(model.checkpoint, context.widths.config, trust_remote_code=trusted)
-        chosen = chosen_experts(model)
-        totals.dense_flops_per_token = _flops(model, model.model, chosen)
-        totals.flops_per_token = _flops(model, smaller, chosen)
-    return totals
-
-
-def _flops(model: LayerwiseModel, module: Any, chosen: Mapping[str, int]) -> int:
-    """Count the floating-point operations of a token in the matrices of decoder layers and head.
-
-    They are two for each weight. Attention between tokens comes on top, the same in the dense and the smaller model.
-
-    Args:
-        model: the dense model, which names the layers.
-        module: the model that is counted: the dense one, or the smaller one without weights.
-        chosen: how many experts the router chooses for a token, by the name of the mixture.
-    """
-    matrices = {name: each.numel() for name, each in module.named_parameters() if each.ndim > 1}
-
-    def weights(prefix: str) -> int:
-        return sum(count for name, count in matrices.items() if name.startswith(f"{prefix}."))
-
-    used = weights(model.layers_name)
-    for index, layer in enumerate(module.get_submodule(model.layers_name)):
-        for name, experts in expert_modules(layer).items():
-            mixture = model.full_name(index, name)
-            used -= weights(mixture) * (experts.number - chosen[mixture]) // experts.number
-    head = module.get_output_embeddings()
-    return 2 * (used + (0 if head is None else head.weight.numel()))
 
 
 def _own_widths(context: RunContext) -> list[dict[str, Any]]:
@@ -280,12 +248,6 @@ def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None
     return {**claim, **named, "sparsity": sparsity, "zeros": zeros, "shape": list(weight.shape)}
 
 
-def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
-    """Add up the zeros of operators that are claimed to have some."""
-    pruned = (claim for claim in claims.values() if claim.get("sparsity") != "0%")
-    return sum(zeros for claim in pruned if type(zeros := claim.get("zeros")) is int)
-
-
 # --- what pruning and training share
 
 
@@ -297,28 +259,16 @@ def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if run.run_file.exists():
-            with suppress(FistaPrunerError):  # a full disk, most likely the very error
-                _write_failure(run, error, times)
+        with suppress(FistaPrunerError):  # such as a full disk, most likely the very error
+            report = load_run(run.folder)
+            report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
+            report.totals.seconds = times.total()
+            run.write_report(report)
         raise
 
 
-def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
-    """Write the report of a run that stops with an error: what is done so far, and the reason."""
-    report = load_run(run.folder)
-    report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
-    report.totals.seconds = times.total()
-    run.write_report(report)
-
-
 def refuse_foreign_files(run: RunDirectory, fingerprint: str) -> None:
-    """Refuse others' files in a checkpoint that must be made again, before the work for it.
-
-    Arguments as for :func:`write_model`.
-
-    Raises:
-        FistaPrunerError: names the first of them.
-    """
+    """Refuse others' files in a checkpoint that must be made again, before the work for it."""
     if run.model.exists() and run.model_fault(fingerprint):
         run.check_model()
 
@@ -425,11 +375,6 @@ def checkpoint_record(report: Report, claims: Mapping[str, Any], **more: Any) ->
 def model_documents(card: str, record: Mapping[str, Any]) -> dict[str, str]:
     """Return the text files beside a model's weights: its card, and its record unless that is empty."""
     return {CARD: card} | ({PRUNING_RECORD: json.dumps(record, indent=2) + "\n"} if record else {})
-
-
-def stored_weights(model: LayerwiseModel, layout: Layout) -> list[str]:
-    """List the stored weights of all operators."""
-    return [model.source(f"{name}.weight") for name, _ in layout.operators()]
 
 
 def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -207,13 +207,8 @@ def pruning_facts(report: Report) -> list[Fact]:
         add("Calibration", windows, file_name(used.source) + (f", {used.how}" if used.how else ""))
     if structure := structure_sentence(report):
         add("Structure", structure)
-        changes = [
-            ("Parameters", report.model.parameters, totals.model_weights, ""),
-            ("FLOP a token", totals.dense_flops_per_token, totals.flops_per_token, " in matrices of layers and head"),
-        ]
-        for label, dense, after, what in changes:
-            if dense and after:
-                add(label, count(after), f"{100 * (after / dense - 1):+.1f} %{what}", count(dense))
+        if (dense := report.model.parameters) and (after := totals.model_weights):
+            add("Parameters", count(after), f"{100 * (after / dense - 1):+.1f} %", count(dense))
     if totals.zeros_share is not None and not report.only_structure:
         whole = "" if any(operator.sparsity == "0%" for operator in report.operators) else "pruned "
         zeros, weights = count(totals.operator_zeros), count(totals.operator_weights)

@@ -334,7 +334,7 @@ class RemovalEntry(Record):
     Args:
         unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
         kept: of experts, the numbers in the dense model of those that stay.
-        producers, consumer: the operators that write and read the channels.
+        consumer: the operator that reads the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
             ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
@@ -346,7 +346,6 @@ class RemovalEntry(Record):
     before: int
     after: int
     kept: list[int] | None = None
-    producers: list[str] = []
     consumer: str = ""
     method: str = ""
     compensate: str = ""
@@ -488,8 +487,6 @@ class Totals(ZeroCounts):
 
     Args:
         model_weights: of the whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
-        dense_flops_per_token, flops_per_token: of the matrices of decoder layers and head, before and after channels
-            were removed; None where none were.
         seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
         checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
@@ -499,8 +496,6 @@ class Totals(ZeroCounts):
 
     model_weights: int | None = None
     model_zeros: int | None = None
-    dense_flops_per_token: int | None = None
-    flops_per_token: int | None = None
     seconds: float | None = None
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
@@ -715,14 +710,14 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
-        yield from {"kind": self.kind, "status": self.status, "model": self.model.source}.items()
         totals = self.totals
-        figures: dict[str, Any] = {name: getattr(totals, name) for name in ("operator_weights", "operator_zeros")}
-        figures |= {"error": self.error, "seconds": totals.seconds}
+        figures: dict[str, Any] = {"model": self.model.source, "error": self.error, "seconds": totals.seconds}
+        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
         for name, side in (("perplexity", "perplexity"), ("dense_perplexity", "reference")):
             texts = [found for each in self.evaluations if (found := getattr(each, side))]
             figures[name] = {text.data: text.perplexity for text in texts} or None
-        yield from ((name, value) for name, value in figures.items() if value is not None)
+        figures = {name: value for name, value in figures.items() if value is not None}
+        yield from {"kind": self.kind, "status": self.status, **figures}.items()
 
     @property
     def operators(self) -> list[OperatorEntry]:
@@ -844,10 +839,8 @@ class CompareRow(Totals):
         text = f" and {percent(more)} more weights" if more else ""
         if removed := (self.settings.get("structure") or {}).get("remove"):
             parameters = share_of(self.model_weights, self.dense_weights)
-            flops = share_of(self.flops_per_token, self.dense_flops_per_token)
-            less = {"parameters": parameters, "FLOP a token": flops}
-            how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
-            text += f" (structure {removed_label(removed)} removed{how and f': {how}'})"
+            how = "" if parameters is None else f": −{percent(1 - parameters)} parameters"
+            text += f" (structure {removed_label(removed)} removed{how})"
         return text
 
 

@@ -26,7 +26,6 @@ from ..pruning.write import (
     operator_claims,
     refuse_foreign_files,
     reporting_failure,
-    stored_weights,
     write_low_rank,
     write_model,
 )
@@ -306,7 +305,8 @@ def _write(
         return model_documents(model_card(report), {**content, **checkpoint_record(report, claims)})
 
     write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
-    check_zeros(run.model, model.checkpoint, stored_weights(model, training.layout))
+    trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
+    check_zeros(run.model, model.checkpoint, trained_weights)
     assert report.recovery is not None
     report.totals.time_split["train"] = report.recovery.seconds
     close_report(run, report, earlier, times, begin)
