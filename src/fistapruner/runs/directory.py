@@ -19,7 +19,7 @@ Of a pruning run:
 Of a run that trains:
 
         windows.safetensors        training text or pairs: token ids, which carry loss, which are held out or tested
-        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.teacher`)
+        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.loss`)
         references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.references`)
         steps.jsonl  states/       one line a step (:mod:`.steps`); the newest training states (:mod:`.store`)
 """

@@ -38,10 +38,9 @@ from ..text.sources import check_source
 from ..text.training import MAX_HELD_OUT_WINDOWS, PURPOSE, TrainingText, order, training_text
 from .distributed import ShardedSnapshots, World, restored
 from .loop import Loop, State
-from .loss import Objective, TokenLoss
+from .loss import Objective, Teacher, TokenLoss
 from .masked import Trained, descent_of
 from .settle import Request, Settling, identity
-from .teacher import Teacher
 
 
 @dataclass
