@@ -263,8 +263,6 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     file = SafetensorsFile(tmp_path / "known" / "references.safetensors")
     assert {int(file.read(name)[:, 0].isfinite().sum()) for name in ("pruned", "dense")} == {used}
     assert used < 40
-    with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
-        align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
 
 
