@@ -84,7 +84,7 @@ def test_the_known_mix_is_the_allocation_of_the_weighted_curves() -> None:
     for name, pattern in split.items():
         assert pattern.fraction == pytest.approx(expected[name].fraction, abs=0.01)
     assert sum(p.zeros(1, SIZES[name]) for name, p in split.items()) == sum(size // 2 for size in SIZES.values())
-    assert all(task.predicted < 1.05 * task.uniform for task in facts.tasks.values())
+    assert all(task["predicted"] < 1.05 * task["uniform"] for task in facts.tasks.values())
     assert Workload(mix={"chat": 1.0, "code": 0.0}).allocate(curves, SIZES, 0.5)[0] == split_budget(chat, SIZES, 0.5)
 
 
