@@ -98,7 +98,6 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert {name for name in before if "experts" in name} <= changed
     assert inspect_checkpoint(out / "model").violations == []
     found = report.alignment
-    assert found is not None
     models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
     margins = {}
     for name, folder in models.items():
@@ -114,7 +113,6 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert error is not None
         assert 0 <= error <= 0.5
     assert found.chosen_reward_error is not None
-    assert report.recovery is not None
     references = {"pruned": 1.0}
     if report.recovery.loss == "geometric":  # in proportion to their mean margin on the held-out pairs
         held_out = {name: of_pairs(out, models[name], "held_out")[0] for name in ("pruned", "dense")}
@@ -127,14 +125,7 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
     assert found.reward_accuracy == float((moved > 0).double().mean())
     assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
-    assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
-
-
-def test_an_alignment_that_changed_nothing_is_neither_right_nor_wrong(bench: Bench, tmp_path: Path) -> None:
-    found = align(bench, tmp_path / "out", lr=1e-30, steps=1).alignment
-    assert found is not None
-    assert (found.margin, found.reward_accuracy, found.reward_accuracy_error) == (0.0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("verb", ["align", "recover"])
@@ -186,8 +177,6 @@ LOSSES: list[dict[str, Any]] = [
 def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]) -> None:
     """And the run has the same bytes where it is made again."""
     report = align(bench, tmp_path / "one", **settings)
-    assert report.recovery is not None
-    assert report.alignment is not None
     checks = report.recovery.checks
     assert checks[-1].held_out < checks[0].held_out
     expected = {"sft": (), "none": (), "dpo": ("dense",) if "references" in settings else ("pruned",)}
@@ -223,11 +212,9 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     fp.recover(bench.pruned(), recovered, evaluate=None, data=data, steps=2)
     align(bench, tmp_path / "aligned", recovered)
     report = align(bench, tmp_path / "again", tmp_path / "aligned", evaluate=str(bench.text))
-    assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "recover", "align", "align"]
     assert report.evaluations[0].reference is not None
     assert report.evaluations[0].perplexity is not None
-    assert report.recovery is not None
     assert report.recovery.before
     for verb in (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", str(bench.text)]):
         assert main([verb[0], str(tmp_path / "again"), *verb[1:]]) == 0, capsys.readouterr()
@@ -244,15 +231,17 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_finished_run_is_not_made_again(bench: Bench, tmp_path: Path) -> None:
     out, said = tmp_path / "out", tiny.Said()
-    align(bench, out)
-    align(bench, out, listener=said)
+    found = align(bench, out, lr=1e-30, steps=1).alignment
+    assert found is not None  # an alignment that changed nothing is neither right nor wrong
+    assert (found.margin, found.reward_accuracy, found.reward_accuracy_error) == (0.0, 0.5, 0.0)
+    align(bench, out, lr=1e-30, steps=1, listener=said)
     assert said.sentences == [f"{out} holds the finished run of this recipe", f"report: {out / 'report.html'}"]
     before = tiny.weights(out)
     (out / "model" / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
-    align(bench, out, listener=said)
+    align(bench, out, lr=1e-30, steps=1, listener=said)
     assert tiny.weights(out) == before
     with pytest.raises(FistaPrunerError, match=r"holds a run with loss = \"dpo\", this one has \"sft\""):
-        align(bench, out, loss="sft")
+        align(bench, out, lr=1e-30, steps=1, loss="sft")
     with pytest.raises(FistaPrunerError, match="holds a run of 'fistapruner align', not of recover"):
         fp.recover(bench.pruned(), out, evaluate=None)
 
@@ -262,30 +251,30 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     folder = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
     (folder / "fistapruner.json").unlink()
     report = align(bench, tmp_path / "out", folder)
-    assert report.alignment is not None
     assert set(report.alignment.test) == {"pruned", "aligned"}
     for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "anchor")):
         with pytest.raises(FistaPrunerError, match=f"{flag} needs the dense model"):
             align(bench, tmp_path / "other", folder, **settings)
-    report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic")
-    assert report.alignment is not None
+    report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic", weights="per-pair", steps=2)
     assert set(report.alignment.test) == {"dense", "pruned", "aligned"}
-    with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
-        align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
+    assert sum(report.alignment.references.values()) == pytest.approx(1.0)
+    # References are computed of the pairs that are used.
+    used = 2 * SETTINGS["pairs_per_step"] + report.alignment.held_out_pairs + report.alignment.test_pairs
+    file = SafetensorsFile(tmp_path / "known" / "references.safetensors")
+    assert {int(file.read(name)[:, 0].isfinite().sum()) for name in ("pruned", "dense")} == {used}
+    assert used < 40
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"references": "pruned,dense"}, "references pruned,dense: one for the loss dpo"),
-    ({"loss": "sft", "references": "dense"}, "and that is sft"),
-    ({"loss": "geometric", "clip": 0.5}, "clip 0.5 needs loss harmonic, and that is geometric"),
-    ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
-    ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
-    ({"execution": {"executor": "process"}}, "Input should be 'serial'"),
-]
-
-
-@pytest.mark.parametrize(("settings", "why"), BAD)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"references": "pruned,dense"}, "references pruned,dense: one for the loss dpo"),
+        ({"loss": "sft", "references": "dense"}, "and that is sft"),
+        ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
+        ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
+    ],
+)
 def test_bad_settings_are_refused_before_any_work(
     bench: Bench, tmp_path: Path, settings: dict[str, Any], why: str
 ) -> None:
@@ -313,7 +302,6 @@ def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Pa
     other = tiny.save("gpt2", tmp_path / "other")
     names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
     report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
-    assert report.alignment is not None
     folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
     assert list(report.alignment.references) == ["pruned", *folders]
     file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
@@ -322,16 +310,6 @@ def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Pa
     strange = tiny.save("llama", tmp_path / "strange", vocab_size=tiny.VOCABULARY + 8)
     with pytest.raises(FistaPrunerError, match=r"references .*strange: its tokens are not those of"):
         align(bench, tmp_path / "refused", loss="multi-dpo", references=("pruned", str(strange)))
-
-
-def test_references_are_computed_of_the_pairs_that_are_used(bench: Bench, tmp_path: Path) -> None:
-    report = align(bench, tmp_path / "out", loss="harmonic", weights="per-pair", steps=2)
-    assert report.alignment is not None
-    used = 2 * SETTINGS["pairs_per_step"] + report.alignment.held_out_pairs + report.alignment.test_pairs
-    file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
-    for name in ("pruned", "dense"):
-        assert int(file.read(name)[:, 0].isfinite().sum()) == used < 40
-    assert sum(report.alignment.references.values()) == pytest.approx(1.0)
 
 
 def test_a_finished_run_needs_no_dense_model(bench: Bench, tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures
     result.entry.removals.append(
         RemovalEntry(
             unit=unit.kind,
-            producers=list(unit.producers),
             consumer=unit.name,
             before=unit.before,
             after=len(keep),

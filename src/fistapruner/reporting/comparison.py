@@ -273,7 +273,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         "gap-sparsity",
         "Quality against sparsity",
         plot,
-        caption="Gap: ln(pruned perplexity / dense perplexity). Bars are one standard deviation over seeds.",
+        caption="Gap: ln(pruned / dense perplexity), lower is better. Bars are one standard deviation over seeds.",
         description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
         height=340 + 18 * (len(short) // 4),
         head=["method", "sparsity", "gap"],
@@ -318,7 +318,7 @@ def _marks(axes: Any, index: int, found: Sequence[Point], places: Sequence[float
 
 def _finish(figure: Any, axes: Any, short: dict[str, str], what: str, grid: str) -> None:
     """Label the axes of gaps, and say which mark is which method's."""
-    axes.set_ylabel("gap, nats a token (lower is better)")
+    axes.set_ylabel("gap, nats a token")
     axes.set_xlabel(what)
     style(axes, grid=grid)
     for index, name in enumerate(short.values()):

@@ -19,7 +19,7 @@ Of a pruning run:
 Of a run that trains:
 
         windows.safetensors        training text or pairs: token ids, which carry loss, which are held out or tested
-        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.teacher`)
+        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.loss`)
         references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.references`)
         steps.jsonl  states/       one line a step (:mod:`.steps`); the newest training states (:mod:`.store`)
 """
@@ -63,7 +63,7 @@ from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
 from .log import TIMES
-from .records import Record, Report, is_run, load_run, parse
+from .records import Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
 from .store import LayerJournal, Snapshots
 
@@ -86,13 +86,6 @@ UNREADABLE = (FistaPrunerError, OSError, KeyError, ValueError, TypeError)
 """What reading a damaged file raises."""
 
 R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
-
-
-class ModelRecord(Record):
-    """Hold ``model.json``: the files of the checkpoint of a run, weights with a sampled hash."""
-
-    fingerprint: str
-    files: dict[str, str | None]
 
 
 def refuse_out(out: Path) -> None:
@@ -239,12 +232,11 @@ class RunDirectory(Generic[R_co]):
         files = dict.fromkeys(sorted(self._model_names())) | weights
         write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": files})
 
-    def model_record(self) -> ModelRecord | None:
-        """Read ``model.json``; None where it is missing or damaged."""
-        try:
-            return ModelRecord.model_validate(read_sealed_json(self.model_file))
-        except (OSError, ValueError):
-            return None
+    def model_record(self) -> dict[str, Any] | None:
+        """Read ``model.json``: ``fingerprint`` of the run, and ``files``; None where it is missing or damaged."""
+        with suppress(OSError, ValueError):
+            return read_sealed_json(self.model_file)
+        return None
 
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
@@ -255,14 +247,14 @@ class RunDirectory(Generic[R_co]):
         record = self.model_record()
         if not self.model.is_dir():
             return f"{self.model} is gone"
-        for name, sampled in record.files.items() if record else ():
+        for name, sampled in record["files"].items() if record else ():
             if name != CARD and not (path := self.model / name).is_file():
                 return f"{path} is gone"
             if sampled is not None and sampled_sha256(self.model / name) != sampled:
                 return f"{self.model / name} is damaged: its checksum is not the one it was written with"
         try:
             found = read_json(self.model / PRUNING_RECORD)
-            if found.get("fingerprint") != fingerprint or (record is not None and record.fingerprint != fingerprint):
+            if found.get("fingerprint") != fingerprint or (record is not None and record["fingerprint"] != fingerprint):
                 return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
             for path in (self.model / name for name in READ_BY_TRANSFORMERS):
@@ -277,7 +269,7 @@ class RunDirectory(Generic[R_co]):
     def check_model(self) -> None:
         """Refuse a checkpoint that is to be removed and holds files that this run did not write."""
         record = self.model_record()
-        own = {*record.files, CARD} if record else set()
+        own = {*record["files"], CARD} if record else set()
         if others := sorted(self._model_names() - own):
             lost = "" if record else " as far as is known: its model.json is gone"
             raise FistaPrunerError(

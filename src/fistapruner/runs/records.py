@@ -334,7 +334,7 @@ class RemovalEntry(Record):
     Args:
         unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
         kept: of experts, the numbers in the dense model of those that stay.
-        producers, consumer: the operators that write and read the channels.
+        consumer: the operator that reads the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
             ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
@@ -346,7 +346,6 @@ class RemovalEntry(Record):
     before: int
     after: int
     kept: list[int] | None = None
-    producers: list[str] = []
     consumer: str = ""
     method: str = ""
     compensate: str = ""
@@ -452,20 +451,16 @@ class CalibrationFacts(Record):
     tasks: dict[str, CalibrationTask] = {}
 
 
-class WorkloadTask(Record):
-    """A task's weight in a workload; predicted losses, nats a token, at uniform and at chosen sparsities."""
-
-    weight: Number
-    uniform: Number
-    predicted: Number
-
-
 class WorkloadFacts(Record):
-    """An allocation for a workload: hash of its file, deployments in its history, tasks by name."""
+    """An allocation for a workload: hash of its file, deployments in its history, tasks by name.
+
+    Of a task: its ``weight`` in the workload, and the losses in nats a token that are predicted at ``uniform`` and at
+    the chosen sparsities (``predicted``).
+    """
 
     fingerprint: str
     deployments: int = 0
-    tasks: dict[str, WorkloadTask] = {}
+    tasks: dict[str, dict[str, Number]] = {}
 
 
 # --- what comes out of it
@@ -711,14 +706,14 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
-        yield from {"kind": self.kind, "status": self.status, "model": self.model.source}.items()
         totals = self.totals
-        figures: dict[str, Any] = {name: getattr(totals, name) for name in ("operator_weights", "operator_zeros")}
-        figures |= {"error": self.error, "seconds": totals.seconds}
+        figures: dict[str, Any] = {"model": self.model.source, "error": self.error, "seconds": totals.seconds}
+        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
         for name, side in (("perplexity", "perplexity"), ("dense_perplexity", "reference")):
             texts = [found for each in self.evaluations if (found := getattr(each, side))]
             figures[name] = {text.data: text.perplexity for text in texts} or None
-        yield from ((name, value) for name, value in figures.items() if value is not None)
+        figures = {name: value for name, value in figures.items() if value is not None}
+        yield from {"kind": self.kind, "status": self.status, **figures}.items()
 
     @property
     def operators(self) -> list[OperatorEntry]:

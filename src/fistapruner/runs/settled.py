@@ -50,12 +50,9 @@ class Numerics(Frozen):
 
 
 class EvaluationRequest(Frozen):
-    """The text on which a run evaluates its result.
+    """The text on which a run evaluates its result, as for :func:`fistapruner.evaluate`.
 
-    Args:
-        data: name of a data set, or a file, as for :func:`fistapruner.evaluate`.
-        windows: only its first so many windows; None takes all.
-        seqlen: tokens in a window; None is that of the run's own text.
+    Without ``windows`` all are taken; without ``seqlen`` a window has as many tokens as one of the run's own text.
     """
 
     data: str
@@ -184,15 +181,11 @@ def text_sha256(recipe: Recipe) -> str | None:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-# --- the rule of going on
+# --- the rule of going on; each of these refuses with a FistaPrunerError that says what differs
 
 
 def refuse_another(run: RunDirectory, difference: str, advice: str = "") -> None:
-    """Refuse to go on with another run than the one that is asked for.
-
-    Raises:
-        FistaPrunerError: says how it differs.
-    """
+    """Refuse to go on with another run than the one that is asked for."""
     raise FistaPrunerError(f"--out {run.folder} holds a run {difference}: name another folder{advice}")
 
 
@@ -220,11 +213,7 @@ def refuse_other_versions(run: RunDirectory, record: RunRecord) -> None:
 
 
 def refuse_overlap(source: str | Path, out: Path) -> None:
-    """Refuse an output folder that is, or holds, the model that is read.
-
-    Raises:
-        FistaPrunerError: names both.
-    """
+    """Refuse an output folder that is, or holds, the model that is read."""
     inner, outer = Path(source).resolve(), out.resolve()
     if inner.exists() and (inner == outer or outer in inner.parents):
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
@@ -239,11 +228,7 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
-    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``.
-
-    Raises:
-        FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
-    """
+    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``."""
     if evaluate in (None, "none"):
         if windows is not None:
             raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")

@@ -192,19 +192,19 @@ class _Source:
         held = min(held, max(1, len(ordered) - 1))
         return ordered[:held], ordered[held:]
 
-    def facts(self, trained: Packed, held_out: Packed) -> dict[str, Any]:
-        """Describe what was made of this source; generated text has no documents."""
-        sides = {"trained": trained, "held_out": held_out}
+    def facts(self, *sides: Packed) -> dict[str, Any]:
+        """Describe what is trained on and what is held out; generated text has no documents."""
+        trained, held_out = (
+            side_facts(each.documents if self.read else None, each.marks, each.filled) for each in sides
+        )
         return {
             "source": self.source,
             "how": self.how,
             "documents": self.read,
-            "too_long": trained.too_long + held_out.too_long,
-            "samples": len(trained.windows) + len(held_out.windows),
-            **{
-                name: side_facts(each.documents if self.read else None, each.marks, each.filled)
-                for name, each in sides.items()
-            },
+            "too_long": sum(each.too_long for each in sides),
+            "samples": sum(len(each.windows) for each in sides),
+            "trained": trained,
+            "held_out": held_out,
         }
 
 
@@ -248,8 +248,7 @@ def training_text(
             assert load_model is not None
             # However few windows are trained on: few would choose the step by chance.
             out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, len(sources), asked)[number])))
-            count = shares[number] + out
-            made = generate_tokens(load_model(), tokenizer, count, seqlen, seed=data.seed, say=say)
+            made = generate_tokens(load_model(), tokenizer, shares[number] + out, seqlen, seed=data.seed, say=say)
             held_out, trained = (Packed(part, part >= 0, filled=part.numel()) for part in (made[:out], made[out:]))
         else:
             rest = [text for text in rest if text not in elsewhere]

@@ -38,10 +38,9 @@ from ..text.sources import check_source
 from ..text.training import MAX_HELD_OUT_WINDOWS, PURPOSE, TrainingText, order, training_text
 from .distributed import ShardedSnapshots, World, restored
 from .loop import Loop, State
-from .loss import Objective, TokenLoss
+from .loss import Objective, Teacher, TokenLoss
 from .masked import Trained, descent_of
 from .settle import Request, Settling, identity
-from .teacher import Teacher
 
 
 @dataclass
@@ -57,7 +56,6 @@ class Recovery:
         world: the processes that train together.
     """
 
-    verb: ClassVar[str] = "recover"
     settings: ClassVar[type[Any]] = RecoverRecipe
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
     texts: ClassVar[str] = "texts"
