@@ -60,7 +60,7 @@ class Asked(BaseModel):
     )
     tasks_dir: Path | None = Field(None, strict=False)
     limit: PositiveInt | None = None
-    device: str = "auto"
+    device: Any = "auto"  # checked where it is chosen
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: PositiveInt | None = None
     memory_limit: Size = None
