@@ -179,20 +179,12 @@ class RunRecipe(Settings):
 
     @classmethod
     def from_yaml(cls, text: str, origin: str = "recipe") -> Self:
-        """Read a recipe.
-
-        Raises:
-            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
-        """
+        """Read a recipe."""
         return cls.build(parse_yaml(text, origin), origin)
 
     @classmethod
     def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
-        """Return the recipe that a function of the API was given; None is the default one.
-
-        Raises:
-            FistaPrunerError: a recipe of another verb, no such file, or wrong settings.
-        """
+        """Return the recipe that a function of the API was given; None is the default one."""
         if recipe is None:
             return cls()
         if isinstance(recipe, cls):
@@ -205,20 +197,12 @@ class RunRecipe(Settings):
         raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {expected}")
 
     def changed(self, settings: dict[str, Any]) -> Self:
-        """Return the recipe with some settings changed.
-
-        Raises:
-            FistaPrunerError: wrong settings.
-        """
+        """Return the recipe with some settings changed."""
         return self.build(merge_settings(self.model_dump(mode="json", exclude_unset=True), settings))
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:
-        """Validate a mapping of settings.
-
-        Raises:
-            FistaPrunerError: one line that names every wrong setting; of many unknown ones the first.
-        """
+        """Validate a mapping of settings."""
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
