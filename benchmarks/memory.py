@@ -156,7 +156,9 @@ def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], ar
     from fistapruner.models.checkpoint import Checkpoint
     from fistapruner.models.layers import LayerwiseModel
     from fistapruner.models.operators import discover
+    from fistapruner.passes.store import scratch_factory
     from fistapruner.planning import Bound
+    from fistapruner.pruning.context import LayerContext
 
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device(device))
     layout = discover(skeleton)
@@ -164,7 +166,7 @@ def planned(model: Path, device: str, pattern: str, settings: dict[str, Any], ar
         {**settings, "calibration": {"samples": arguments.samples, "seqlen": arguments.seqlen}}
     ).resolved()
     sparsity = {name: parse_sparsity(pattern) for name, _ in layout.operators()}
-    return Bound(skeleton, layout, recipe, sparsity)
+    return Bound(LayerContext(skeleton, layout, recipe, sparsity, scratch=scratch_factory(None, skeleton.dtype)))
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = False) -> Path:

@@ -28,7 +28,6 @@ LAYERS = (
     "measure",
     "reporting",
     "verbs",
-    "resuming",
     "comparison",
     "cli",
 )
@@ -42,7 +41,7 @@ PLUGGED |= dict.fromkeys(("bypass", "goa"), "structure")
 
 VERBS = {
     "training": ("adapters", "alignment", "plan", "recovery", "run", "settle"),
-    "pruning": ("inputs", "result", "run", "settle", "write"),
+    "pruning": ("run", "settle", "write"),
     "measure": ("run",),
 }
 """Modules that are pages of verbs: they stand in a layer of their own."""

@@ -17,13 +17,10 @@ from fistapruner.cli import main
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layers import LayerwiseModel
-from fistapruner.models.operators import discover
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.planning import Bound, Choice, Plan, make_plan, solve_bytes
-from fistapruner.pruning.inputs import change_widths
-from fistapruner.pruning.inputs import choose_patterns as allocate
 from fistapruner.pruning.run import plan_pruning, prune
+from fistapruner.pruning.settle import open_operators
 from fistapruner.runtime.devices import peak_bytes
 from fistapruner.runtime.show import size
 from fistapruner.solvers import parse_method, solve
@@ -40,15 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bound_of(folder: Path, **settings: Any) -> Bound:
     recipe = Recipe.build(settings).resolved()
-    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
-    layout, widths = change_widths(model, discover(model).select(recipe), recipe, UNTRUSTED)
-    return Bound(model, layout, recipe, allocate(recipe, layout), widths)
+    return Bound(open_operators(UNTRUSTED.find(folder), recipe).context)
 
 
 def plan_of(folder: Path, out: Path = Path(), **settings: Any) -> Plan:
     """The plan of a run, without a timed layer."""
-    bound = bound_of(folder, **settings)
-    return make_plan(bound.model, bound.layout, bound.recipe, bound.sparsity, out, bound.widths)
+    return make_plan(bound_of(folder, **settings).context, out)
 
 
 def peak(bound: Bound, choice: Choice) -> int:

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from .packed.load import load
     from .packed.pack import pack, unpack
     from .packed.semi_structured import to_semi_structured
-    from .pruning.run import prune
+    from .pruning.run import prune, resume
     from .reporting import Report
     from .reporting.inspection import inspect
     from .reporting.page import report
     from .reporting.terminal import status
-    from .resuming import resume
     from .runs.log import Listener
     from .runs.records import Evaluation
     from .settings.align import AlignRecipe
@@ -86,12 +85,11 @@ _MODULES = {
     "packed.load": ("load",),
     "packed.pack": ("pack", "unpack"),
     "packed.semi_structured": ("to_semi_structured",),
-    "pruning.run": ("prune",),
+    "pruning.run": ("prune", "resume"),
     "reporting": ("Report",),
     "reporting.inspection": ("inspect",),
     "reporting.terminal": ("status",),
     "reporting.page": ("report",),
-    "resuming": ("resume",),
     "runs.log": ("Listener",),
     "runs.records": ("Evaluation",),
     "settings.align": ("AlignRecipe",),

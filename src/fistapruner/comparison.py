@@ -28,14 +28,12 @@ from .measure.evaluate import evaluate
 from .measure.run import publish, shared_text
 from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
-from .pruning.opened import open_model
+from .pruning.context import open_model
 from .pruning.run import prune
 from .reporting.comparison import comparison_markdown
 from .reporting.page import write_page
 from .runs.directory import PruneDirectory, refuse_out
-from .runs.lock import NAME as LOCK
-from .runs.lock import hold
-from .runs.log import Listener
+from .runs.log import LOCK, Listener, hold
 from .runs.records import FIGURES, RUNS, TABLE, CompareRow, Comparison, Evaluation, ModelFacts, Report, load_comparison
 from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
 from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copyreg
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -30,10 +29,6 @@ class FistaPrunerError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the message, and not what a subclass makes it of; notes go with it."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
-
 
 class NoTemporaryFolderError(FistaPrunerError):
     """No temporary folder can be made or written, which is no fault of the model that it was for."""
@@ -42,9 +37,10 @@ class NoTemporaryFolderError(FistaPrunerError):
 class MissingExtraError(FistaPrunerError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str = "", purpose: str = "") -> None:
+        """Say that ``purpose`` needs a package of an extra; a text alone, as from a pickle, stays as it is."""
         install = f"pip install 'fistapruner[{extra}]', or from a checkout pip install '.[{extra}]'"
-        super().__init__(f"{purpose} needs the package {package!r}: {install}")
+        super().__init__(f"{purpose} needs the package {package!r}: {install}" if extra else package)
 
 
 def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
@@ -55,9 +51,6 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
         f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code"
     )
 
-
-MANY_UNKNOWN = 4
-"""Unknown settings that are answered one by one; more of them are no slips of the pen."""
 
 NAME_MAX = 255
 """Longest name of a file."""
@@ -130,23 +123,18 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
 
     Args:
         error: of pydantic, or any other.
-        settings: what was validated; lets an unknown setting be answered with the nearest name, or with all.
+        settings: what was validated; an unknown setting is answered with the nearest name.
     """
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
         return str(error)
     parts = []
-    found = error.errors()
-    unknown = [str(item["loc"][-1]) for item in found if item["type"] == "extra_forbidden"]
-    if settings is not None and len(unknown) > MANY_UNKNOWN:
-        shown, more = ", ".join(map(repr, unknown[:MANY_UNKNOWN])), len(unknown) - MANY_UNKNOWN
-        parts.append(f"unknown settings {shown} and {more} more: a recipe of another verb, or another kind of file?")
-        found = [item for item in found if item["type"] != "extra_forbidden"]
-    for item in found:
+    settings = settings if error.error_count() < 5 else None  # a recipe of another verb
+    for item in error.errors():
         where, value, kind = ".".join(map(str, item["loc"])), item.get("input"), item["type"]
         if kind == "extra_forbidden":
-            parts.append(f"unknown setting {where!r}{_known_settings(settings, item['loc'])}")
+            parts.append(f"unknown setting {where!r}{_nearest(where, settings)}")
             continue
         shown = f" (got {value!r})" if isinstance(value, (str, int, float, NoneType)) else ""
         if not shown and (kind.endswith("_type") or kind == "literal_error"):
@@ -157,22 +145,27 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
     return "; ".join(parts)
 
 
-def _known_settings(settings: type[BaseModel] | None, place: Sequence[int | str]) -> str:
-    """Name the setting nearest to an unknown one, in a section too, or all of its section."""
-    *sections, name = map(str, place)
-    for section in sections:
-        settings = None if settings is None else _section(settings, section)
+def _nearest(where: str, settings: type[BaseModel] | None) -> str:
+    """Name the settings that an unknown one may be: of the same name in another section, else the nearest."""
     if settings is None:
         return ""
-    inner = ((field, _section(settings, field)) for field in settings.model_fields)
-    found = [f"{field}.{name}" for field, section in inner if section is not None and name in section.model_fields]
-    return f": did you mean {' or '.join(map(repr, found))}?" if found else instead_of(name, settings.model_fields)
+    section, _, name = where.rpartition(".")
+    known = _names(settings)
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    if same:
+        return f": did you mean {' or '.join(map(repr, same))}?"
+    own = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    return instead_of(name, own)
 
 
-def _section(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Return the settings of a section; None where a setting is none."""
-    kind = settings.model_fields[name].annotation if name in settings.model_fields else None
-    return next((each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields")), None)
+def _names(settings: type[BaseModel]) -> list[str]:
+    """List the names of settings, those of sections with the section's name: ``calibration.samples``."""
+    found = []
+    for name, field in settings.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+        found += [name] + ([f"{name}.{each}" for each in _names(inner)] if inner is not None else [])
+    return found
 
 
 def instead_of(name: str, known: Collection[str]) -> str:

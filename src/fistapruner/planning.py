@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +25,13 @@ from .allocate.measure import differentiates, needs_measuring, permutes, weighs_
 from .core import Constraint, LayerProblem
 from .errors import FistaPrunerError
 from .models.build import require_whole, whole_bytes
-from .models.layers import Call, LayerwiseModel
+from .models.layers import Call
 from .models.links import named_size
-from .models.operators import Layout, Operator
+from .models.operators import Operator
 from .papers.bypass import LENGTH, SEQUENCES
 from .passes.store import scratch_factory
 from .passes.stream import embed
-from .pruning.context import LayerContext, LayerStreams, fitted_groups, solved_groups
+from .pruning.context import LayerContext, LayerStreams
 from .pruning.drift import dense_windows, drift_sources, kept_width
 from .pruning.layer import prune_layer
 from .pruning.workers import default_threads, local_workers
@@ -47,10 +47,8 @@ from .runtime.devices import (
 from .runtime.files import existing_folder
 from .runtime.numerics import ordered_attention, windows_at_once
 from .runtime.show import align_columns, counted, duration, size
-from .settings.prune import Recipe
 from .solvers.base import Method, solve
 from .solvers.low_rank import solve_low_rank
-from .structure.smaller import Widths
 from .structure.units import HEADS
 from .text import SELF, calibration_length
 from .text.generate import generation_bytes
@@ -146,38 +144,26 @@ class Plan:
         return {**asdict(self), "says": self.says}
 
 
-def make_plan(
-    model: LayerwiseModel,
-    layout: Layout,
-    recipe: Recipe,
-    sparsity: Mapping[str, Constraint],
-    out: Path,
-    widths: Widths | None = None,
-    *,
-    drawn: bool = False,
-    timed: bool = False,
-) -> Plan:
+def make_plan(context: LayerContext, out: Path, *, drawn: bool = False, timed: bool = False) -> Plan:
     """Plan a run.
 
     Args:
-        model: the model.
-        layout: operators to prune, in the shapes that they are to have.
-        recipe: settings; ``execution.memory_limit`` is for all workers together, in main memory. Of a GPU, all free
-            memory may be used.
-        sparsity: pattern of every operator, by full name.
+        context: the model, and what is done to its operators. Of the recipe, ``execution.memory_limit`` is for all
+            workers together, in main memory; of a GPU, all free memory may be used.
         out: the run directory; its disk must have the free space.
-        widths: whose channels and experts are removed; None where none are.
         drawn: the calibration windows are there already, so that the model generates none.
         timed: prune one layer on one batch of random tokens, for the time.
 
     Raises:
         FistaPrunerError: no choice fits the memory, or the disk is too small; names what does not fit and the bytes.
     """
-    execution, device = recipe.execution, model.device
-    workers = 1 if recipe.propagate == "pruned" else min(local_workers(execution), len(model))
+    model, recipe, execution = context.model, context.recipe, context.recipe.execution
+    device, workers = model.device, 1
+    if recipe.propagate == "dense":
+        workers = min(local_workers(execution), len(model))
     try:
         with cpu_threads(default_threads(execution)):
-            bound = Bound(model, layout, recipe, sparsity, widths)
+            bound = Bound(context)
             choice, changed = fit(bound, workers)
             # The machines of a Ray cluster have their own memory; its workers' files are here.
             writing = max(workers, min(execution.workers or 1, len(model))) if bound.in_files else 1
@@ -212,18 +198,13 @@ class Bound:
     """Bound the bytes of a run where its layers are computed, in main memory beside a GPU, and on disk.
 
     The largest layer, the largest pass and the largest group count together, wherever each of them is in the model.
-    Arguments as for :func:`make_plan`.
+    Args:
+        context: the model, and what is done to its operators.
     """
 
-    def __init__(
-        self,
-        model: LayerwiseModel,
-        layout: Layout,
-        recipe: Recipe,
-        sparsity: Mapping[str, Constraint],
-        widths: Widths | None = None,
-    ) -> None:
-        self.model, self.layout, self.recipe, self.sparsity, self.widths = model, layout, recipe, sparsity, widths
+    def __init__(self, context: LayerContext) -> None:
+        model, layout, recipe, widths = context.model, context.layout, context.recipe, context.widths
+        self.context, self.model, self.layout, self.recipe = context, model, layout, recipe
         self.samples, self.seqlen = recipe.calibration.samples, calibration_length(recipe.calibration, model)
         self.cuda, checkpoint, layers = model.device.type == "cuda", model.checkpoint, range(len(model))
         # The workers of an executor hand hidden states to each other in files, be it to one worker.
@@ -259,10 +240,9 @@ class Bound:
     def _count_layer(self, index: int) -> None:
         """Count what the groups of a layer need, and the values of a window that are stored inside of it."""
         recipe, layout, groups = self.recipe, self.layout, self.layout.layers[index]
-        units = () if self.widths is None else self.widths.channels(index)
-        solved = solved_groups(layout, index, self.sparsity, cut=self.widths is not None)
-        told = drift_sources(recipe, layout, index, units, same=recipe.propagate == "dense", solved=solved)
-        cut = [groups[number] for number in fitted_groups(layout, index, units, recipe)]
+        units, solved = self.context.units(index), self.context.solved(index)
+        told = drift_sources(self.context, index, same=recipe.propagate == "dense")
+        cut = [groups[number] for number in self.context.fitted(index)]
         found = [self._cut(group) for group in (*cut, *((unit.consumer,) for unit in units))]
         found += [self._solve(index, groups[number], told.get(number)) for number in solved]
         self.groups += found
@@ -293,7 +273,7 @@ class Bound:
         solving += max(
             solve_bytes(operator.rows, n, pattern, tuple(recipe.steps), str(self.model.device), drifts, recipe.low_rank)
             for operator in group
-            for pattern in [self.sparsity[self.layout.full_name(index, operator)]]
+            for pattern in [self.context.sparsity[self.layout.full_name(index, operator)]]
         )
         name = "+".join(operator.name.rpartition(".")[2] for operator in group)
         return Group(name, sums, max(solving, sums + weight), bool(group[0].experts))
@@ -328,7 +308,8 @@ class Bound:
         if recipe.reconstruct:
             trained = RECONSTRUCTION * self.layout.weights(self.heaviest) + self.layer + 3 * self.metric
             found["block reconstruction"] = loaded + trained + self.backward + 4 * self.window
-        if self.widths is not None:  # the smaller layer is proven beside the dense one; bypass learns on longer batches
+        if self.context.widths is not None:
+            # The smaller layer is proven beside the dense one; bypass learns on longer batches.
             windows = max(batch, -(-SEQUENCES * LENGTH // self.seqlen) * (recipe.structure.method == "bypass"))
             found["removing structure"] = 4 * self.layer + windows * passing // batch
             if recipe.structure.method == "goa":  # attention probabilities, three temporaries, two problems
@@ -393,12 +374,12 @@ class Bound:
         dense, pruned, dense_out, pruned_out = (store(name, (*shape, model.width)) for name in names)
         calls = embed(model, tokens, len(tokens), dense)
         pruned.write(0, dense.read(0, len(tokens)))
-        streams = LayerStreams(dense, None, dense_out, None)
+        streams = LayerStreams(dense, dense_out=dense_out)
         if recipe.propagate == "pruned":
             streams = LayerStreams(dense, pruned, dense_out, pruned_out)
-            streams = streams if recipe.dense_share else LayerStreams(None, pruned, None, pruned_out)
+            streams = streams if recipe.dense_share else LayerStreams(None, pruned, pruned_out=pruned_out)
         timed = recipe.model_copy(update={"reconstruct": steps})
-        context = LayerContext(model, self.layout, timed, self.sparsity, calls, store, widths=self.widths)
+        context = replace(self.context, recipe=timed, calls=calls, scratch=store)
         seconds = dict(prune_layer(context, self.heaviest, streams).entry.seconds)
         passing = sum(seconds.pop(phase, 0.0) for phase in ("capture", "gram")) * self.samples / len(tokens)
         if steps:

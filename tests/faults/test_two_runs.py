@@ -12,7 +12,7 @@ import pytest
 
 from faults.conftest import Runs
 from fistapruner.errors import FistaPrunerError
-from fistapruner.runs.lock import hold, holder
+from fistapruner.runs.log import hold, holder
 
 
 def test_second_run_is_refused_with_host_and_process(runs: Runs, disk: Path) -> None:
@@ -45,7 +45,7 @@ def test_killed_holder_is_taken_over(disk: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from fistapruner.runs.lock import hold
+from fistapruner.runs.log import hold
 with hold(Path({str(disk)!r})):
     print("held", flush=True)
     time.sleep(60)

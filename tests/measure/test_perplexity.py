@@ -88,7 +88,7 @@ def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch
     module = importlib.import_module("fistapruner.measure.evaluate")
     asked: list[torch.dtype | None] = []
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda _, __, given, **rest: (asked.append(given.dtype), ())[1])
+    monkeypatch.setattr(module, "evaluate_tasks", lambda *_, dtype, **rest: (asked.append(dtype), ())[1])
     half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 import fistapruner as fp
 import tiny
 from fistapruner.measure.logits import mcnemar
-from fistapruner.measure.tasks import Tasks, TaskSettings, evaluate_tasks, find_tasks, task_result
+from fistapruner.measure.tasks import Tasks, evaluate_tasks, find_tasks, task_result
 from fistapruner.models import build
 from fistapruner.models.build import whole_bytes
 from fistapruner.models.checkpoint import Checkpoint
@@ -113,7 +113,7 @@ def test_every_filter_has_its_own_score_and_progress_names_the_run(tmp_path: Pat
     model = tiny.save("llama", tmp_path / "first" / "model", num_hidden_layers=1)
     (tmp_path / "first" / "run.json").touch()
     told: list[str] = []
-    found = evaluate_tasks(model, ANY, against=model, tick=lambda what, *_: told.append(what))
+    found = evaluate_tasks([model, model], ANY, tick=lambda what, *_: told.append(what))
     assert told == ["zero-shot tasks of first", "zero-shot tasks of first", "zero-shot tasks"]
     scores = {(each.task, each.metric): (each.value, each.reference) for each in found}
     assert scores == {
@@ -123,7 +123,7 @@ def test_every_filter_has_its_own_score_and_progress_names_the_run(tmp_path: Pat
     assert {(each.shots, each.available, each.items) for each in found} == {(5, 9, 3)}
     lm_eval.simple_evaluate.side_effect = IndexError("odd item")
     with pytest.raises(fp.FistaPrunerError, match=r"lm-eval could not evaluate the tasks on .*: IndexError: odd item"):
-        evaluate_tasks(model, ANY)
+        evaluate_tasks([model], ANY)
 
 
 def test_scores_of_other_items_are_told_apart(tmp_path: Path, lm_eval: Any) -> None:
@@ -132,7 +132,7 @@ def test_scores_of_other_items_are_told_apart(tmp_path: Path, lm_eval: Any) -> N
     def measured(*hashes: str, filters: tuple[str, ...] = ("none",), step: int = 1) -> Any:
         found = [answer(item, text, name, acc=1.0) for name in filters for item, text in enumerate(hashes)]
         lm_eval.says({"t": found[::step]})
-        return evaluate_tasks(model, ANY)[0].measured_on
+        return evaluate_tasks([model], ANY)[0].measured_on
 
     assert measured("a", "b") == measured("a", "b") == measured("a", "b", filters=("none", "strict"))
     assert measured("a", "b") == measured("a", "b", step=-1)  # the order of the answers says nothing of the items
@@ -146,7 +146,7 @@ def test_lm_eval_is_told_how_long_texts_may_be(tmp_path: Path, lm_eval: Any) -> 
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     lm_eval.says({"t": [answer(0, "", acc=1.0)]})
-    evaluate_tasks(tmp_path, ANY)
+    evaluate_tasks([tmp_path], ANY)
     assert lm_eval.HFLM.call_args.kwargs["max_length"] == 64
 
 
@@ -158,7 +158,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path]]:
     module = importlib.import_module("fistapruner.measure.evaluate")
     monkeypatch.setattr(module, "find_tasks", lambda tasks, *_: (names.__setitem__(slice(None), tasks), ANY)[1])
     monkeypatch.setattr(
-        module, "evaluate_tasks", lambda folder, *_, **__: (calls.append(([*names], Path(folder))), ())[1]
+        module, "evaluate_tasks", lambda folders, *_, **__: (calls.append(([*names], folders[0])), ())[1]
     )
     return calls
 
@@ -222,7 +222,7 @@ def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for folder, ours in ((other, "value"), (dense, "reference")):
         assert getattr(scores["choices", "acc"], ours) == pytest.approx(share_right(folder, options))
 
-    limited = evaluate_tasks(other, find_tasks(["choices"], tmp_path / "tasks"), TaskSettings(limit=5))
+    limited = evaluate_tasks([other], find_tasks(["choices"], tmp_path / "tasks"), limit=5)
     assert {task.items for task in limited} == {5}
     assert limited[0].reference is None
     for where, said in ((None, "lm-eval"), (tmp_path / "tasks", "--tasks-dir .*tasks")):

@@ -204,6 +204,6 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
 def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], zeros: str) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
-    with pytest.raises(FistaPrunerError, match=rf"goa fits whole operators .*\({zeros}\)"):
+    with pytest.raises(FistaPrunerError, match=rf"goa has no zeros \({zeros}\)"):
         fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
     assert not (tmp_path / "run" / "calibration.safetensors").exists()

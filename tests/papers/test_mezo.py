@@ -49,15 +49,9 @@ def test_subzero_stays_in_its_subspace_until_it_is_drawn_anew() -> None:
 def begin(folder: Path, method: str, dtype: torch.dtype, rate: float = 1e-3) -> tuple[ForwardOnly, Objective]:
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
     model.check()
-    generator = torch.Generator().manual_seed(3)
-    text = TrainingText(
-        tokens=torch.randint(3, tiny.VOCABULARY, (4, 24), generator=generator),
-        marks=torch.ones(4, 24, dtype=torch.bool),
-        held_out=torch.zeros(4, dtype=torch.bool),
-        task=torch.zeros(4, dtype=torch.int64),
-        tasks=("text",),
-        facts={},
-    )
+    tokens = torch.randint(3, tiny.VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(3))
+    none = torch.zeros(4, dtype=torch.int64)
+    text = TrainingText(tokens, torch.ones(4, 24, dtype=torch.bool), none.bool(), none, ("text",), {})
     model.__dict__["loaded"] = model.resident()
     model.__dict__["loaded"].__enter__()
     for layer in model.layers:

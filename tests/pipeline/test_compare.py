@@ -18,8 +18,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.reporting.comparison import comparison_table
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Listener
+from fistapruner.runs.log import Listener, hold
 from fistapruner.runs.records import Comparison, load_comparison, load_run
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -33,7 +32,7 @@ class Counts(Listener):
 
     def say(self, message: str) -> None:
         self.measured += message.startswith("evaluating on")
-        self.generated += message.startswith("generating text: 1.0 of")
+        self.generated += message.startswith("generating text: 0.0 of")
         if self.stop and message.startswith(self.stop):
             raise KeyboardInterrupt
 

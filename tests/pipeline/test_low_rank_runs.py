@@ -25,7 +25,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.low_rank import LowRankAdapter
 from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import PackedCheckpoint
-from fistapruner.reporting.terminal import summary
+from fistapruner.reporting.facts import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import unfinished
 
@@ -350,7 +350,6 @@ def test_bench_counts_the_bytes_of_both_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [
-        ("llama", {"sparsity": "0%"}, "low_rank 4 with sparsity 0%: operators without zeros have no low-rank part"),
         ("llama", {"low_rank": 17}, "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17"),
         ("llama", {"structure": "25%"}, "low_rank 4 needs structure.remove none"),
         ("qwen2_moe", {}, r"no LoRA for .*experts.*: leave such operators dense"),

@@ -20,11 +20,9 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.measure.run import put_in_place
-from fistapruner.measure.speed import record
 from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.measured import quality_facts
-from fistapruner.runs.lock import hold
-from fistapruner.runs.log import Listener
+from fistapruner.runs.log import Listener, hold
 from fistapruner.runs.records import Evaluation, Perplexity, TaskResult, is_run, load_run
 from speeds import in_this_process
 
@@ -166,7 +164,7 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     run, recovered = folder / "run", folder / "recovered"
     scores = {run / "model": TASKS[0], recovered / "model": replace(TASKS[0], value=0.6)}
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (scores[folder],))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda folders, *_, **__: (scores[folders[0]],))
     for target in (run, recovered):
         fp.evaluate(target, tasks="piqa")
     assert "| 50.0 ± 10.0 | 60.0 ± 10.0 |" in (recovered / "model" / "README.md").read_text()
@@ -268,7 +266,7 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
     found = fp.bench(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
-    printed = json.loads(json.dumps(record(found)))
+    printed = json.loads(json.dumps(found.to_json()))
     report = load_run(run)
     assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed
@@ -300,24 +298,27 @@ def kept(*parts: Perplexity | tuple[TaskResult, ...]) -> Evaluation:
     return Evaluation("m", perplexity=text, tasks=next((part for part in parts if isinstance(part, tuple)), ()))
 
 
-NORMS, OTHER = (replace(TASKS[0], metric="acc_norm"),), replace(PERPLEXITY, text_sha256="bb")
-BOTH = [kept(PERPLEXITY, TASKS[:1]), kept(TASKS[1:])]
+OTHER = replace(PERPLEXITY, text_sha256="bb")
+LATER = replace(TASKS[0], items=5)
 
 
 @pytest.mark.parametrize(
     ("stored", "found", "expected"),
     [
-        (BOTH, kept(TASKS[1:]), BOTH),
-        (BOTH[:1], kept(PERPLEXITY), [kept(PERPLEXITY), kept(TASKS[:1])]),
-        (BOTH, kept(PERPLEXITY, TASKS), [kept(PERPLEXITY, TASKS)]),
-        ([kept((TASKS[0], *NORMS))], kept(TASKS[:1]), [kept(NORMS), kept(TASKS[:1])]),
+        ([kept(PERPLEXITY, TASKS)], kept(TASKS[1:]), [kept(PERPLEXITY), kept(TASKS[:1]), kept(TASKS[1:])]),
+        ([kept(TASKS[:1])], kept(PERPLEXITY), [kept(TASKS[:1]), kept(PERPLEXITY)]),
+        ([kept((replace(TASKS[0], metric="acc_norm"),))], kept(TASKS[:1]), None),
         # The first text stays the first, so it stays in the headline.
-        ([BOTH[0], kept(OTHER)], kept(PERPLEXITY, TASKS), [kept(PERPLEXITY, TASKS), kept(OTHER)]),
-        ([BOTH[0], kept(OTHER)], kept(OTHER), [BOTH[0], kept(OTHER)]),
-        ([kept(TASKS[:1])], kept((replace(TASKS[0], items=5),)), [kept((replace(TASKS[0], items=5),))]),
+        (
+            [kept(PERPLEXITY), kept(OTHER)],
+            kept(PERPLEXITY, TASKS[:1]),
+            [kept(PERPLEXITY), kept(OTHER), kept(TASKS[:1])],
+        ),
+        ([kept(PERPLEXITY), kept(OTHER)], kept(OTHER), [kept(PERPLEXITY), kept(OTHER)]),
+        ([kept(TASKS[:1])], kept((LATER,)), [kept((LATER,))]),
     ],
 )
 def test_a_new_figure_takes_the_place_of_the_old_one(
-    stored: list[Evaluation], found: Evaluation, expected: list[Evaluation]
+    stored: list[Evaluation], found: Evaluation, expected: list[Evaluation] | None
 ) -> None:
-    assert put_in_place(stored, found) == expected
+    assert put_in_place(stored, found) == (expected or [*stored, found])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import Layout, Operator, discover
 from fistapruner.passes.store import HiddenStates, scratch_factory
 from fistapruner.passes.stream import Calls
-from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerStreams
+from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
-from fistapruner.pruning.layer import prune_layer
+from fistapruner.pruning.layer import Inspect, prune_layer
 from fistapruner.pruning.run import prune
 from fistapruner.runs.directory import PruneDirectory
 
@@ -35,7 +34,7 @@ def stream(
     folder: Path,
     recipe: Recipe,
     scratch: Path | None,
-    inspect: Callable[[int, LayerProblem], None] | None = None,
+    inspect: Inspect | None = None,
     noise: float = DRIFT_NOISE,
     dtype: torch.dtype | None = None,
     measures: LayerMeasures = NO_MEASURES,
@@ -59,7 +58,8 @@ def stream(
         assert pruned is not None
         dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
-    context = LayerContext(skeleton, layout, recipe, sparsity, calls, scratch_factory(scratch, skeleton.dtype))
+    store = scratch_factory(scratch, skeleton.dtype)
+    context = LayerContext(skeleton, layout, recipe, sparsity, calls=calls, scratch=store)
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
@@ -74,8 +74,7 @@ def stream(
             if more and recipe.propagate == "pruned"
             else None,
         )
-        events = LayerEvents() if inspect is None else LayerEvents(problem=inspect)
-        result = prune_layer(context, index, streams, measures, events)
+        result = prune_layer(context, index, streams, measures, inspect=inspect)
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out
         assert all(parameter.is_meta for parameter in skeleton.model.parameters())
@@ -88,6 +87,8 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = calibration()
     weights: dict[str, Tensor] = {}
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    context = LayerContext(skeleton, layout, recipe, {}, scratch=scratch_factory(None, skeleton.dtype))
 
     def inputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
         seen: list[Tensor] = []
@@ -148,8 +149,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
             drifts = number > 0 or (index > 0 and recipe.propagate == "pruned")
-            sources = drift_sources(recipe, layout, index, (), same=False, solved=range(len(groups)))
-            source = sources.get(number) if drifts else None
+            source = drift_sources(context, index, same=False).get(number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat(
                 [operator.weight(dense.get_submodule(f"{layout.layers_name}.{index}")) for operator in group]
@@ -348,7 +348,7 @@ def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> N
         folder,
         recipe,
         None,
-        lambda number, problem: problems.append(problem),
+        lambda _, number, problem: problems.append(problem),
         measures=LayerMeasures(importance=importance),
     )
     assert [problem.name for problem in problems] == list(importance)
@@ -365,13 +365,12 @@ def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> N
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])
 def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> None:
-    alive: list[tuple[int, weakref.ref[Tensor]]] = []
+    alive: list[tuple[tuple[int, int], weakref.ref[Tensor]]] = []
 
-    def inspect(group: int, problem: LayerProblem) -> None:
-        assert not any(tensor() is not None for earlier, tensor in alive if earlier != group)
-        alive.extend(
-            (group, weakref.ref(each)) for each in (problem.weight, problem.gram, problem.drift) if each is not None
-        )
+    def inspect(layer: int, group: int, problem: LayerProblem) -> None:
+        assert not any(tensor() is not None for earlier, tensor in alive if earlier != (layer, group))
+        tensors = (problem.weight, problem.gram, problem.drift)
+        alive.extend(((layer, group), weakref.ref(each)) for each in tensors if each is not None)
 
     stream(
         tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "dense_target": target}), None, inspect

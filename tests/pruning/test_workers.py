@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,9 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pruning.opened import RunContext
-from fistapruner.pruning.run import prune
-from fistapruner.pruning.workers import ProcessPool, prune_in_parallel, room_for_workers
-from fistapruner.resuming import resume
+from fistapruner.pruning.run import prune, resume
+from fistapruner.pruning.workers import room_for_workers
 from fistapruner.runs.log import Listener
-from fistapruner.settings.base import Execution
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -97,52 +92,41 @@ def test_two_processes(
     assert not (tmp_path / "trace").exists()
 
 
-class Deadly(ProcessPool):
-    """Kills the workers when they are given some layers, as often as said."""
+DEADLY = """
+import os
+from pathlib import Path
+from fistapruner.solvers import METHODS
 
-    def __init__(self, *arguments: Any, deaths: dict[int, int]) -> None:
-        self.deaths = deaths
-        super().__init__(*arguments)
-
-    def submit(self, index: int) -> Future[str | None]:
-        future = super().submit(index)
-        if self.deaths.get(index):
-            self.deaths[index] -= 1
-            for child in multiprocessing.active_children():
-                child.kill()
-        return future
-
-
-def begun(model: Path, out: Path, **how: Any) -> RunContext:
-    tiny.begin(str(model), out, **{**SETTINGS, "propagate": "dense"}, execution={"threads": 1}, **how)
-    context = RunContext.open(out)
-    context.hidden.mkdir(parents=True, exist_ok=True)
-    return context
+class Deadly:
+    def solve(self, problem, constraint, start=None):
+        if "layers.3.self_attn.o_proj" in problem.name:
+            with Path({log!r}).open("a") as log:
+                log.write("died\\n")
+            if len(Path({log!r}).read_text().splitlines()) <= {deaths}:
+                os._exit(1)
+        return METHODS["sparsegpt"]().solve(problem, constraint, start)
+"""
 
 
-def test_workers_that_die_are_replaced(model: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Their layers are done again; then the run is resumed and finished."""
-    out = tmp_path / "run"
-    context = begun(model, out)
-    pool = Deadly(context, Execution(executor="process", device="cpu", workers=2), 3, deaths={1: 1, 3: 1})
-    try:
-        prune_in_parallel(context, {1, 2, 3}, pool, Listener())
-    finally:
-        pool.close()
-    assert not any(pool.deaths.values())
-    assert not list(context.hidden.iterdir())
-    resume(out)
-    assert tiny.weights(out) == expected
-
-
-def test_layer_that_kills_every_worker_stops_the_run(model: Path, tmp_path: Path) -> None:
-    context = begun(model, tmp_path / "run", layers=4)
-    pool = Deadly(context, Execution(executor="process", device="cpu", workers=1), 1, deaths={4: 3})
-    try:
-        with pytest.raises(FistaPrunerError, match=r"layer 4: its worker died 3 times.* again with fewer workers"):
-            prune_in_parallel(context, {4}, pool, Listener())
-    finally:
-        pool.close()
+@pytest.mark.parametrize("deaths", [2, 99])
+def test_workers_that_die_are_replaced(model: Path, tmp_path: Path, deaths: int) -> None:
+    """Their layers are done again; a layer that kills its workers every time stops the run, which then goes on."""
+    log, file, out = tmp_path / "log", tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(DEADLY.format(log=str(log), deaths=deaths))
+    settings = {**SETTINGS, "method": f"{file}:Deadly", "propagate": "dense"}
+    execution = {"executor": "process", "workers": 2, "threads": 1}
+    if deaths == 2:
+        prune(str(model), out, **settings, execution=execution)
+    else:
+        with pytest.raises(FistaPrunerError, match=r"layer 3: workers died 3 times.* again with fewer workers"):
+            prune(str(model), out, **settings, execution=execution)
+        assert len(list((out / "layers").glob("*.json"))) == LAYERS - 1
+        log.write_text("died\n" * deaths)
+        resume(out)
+    assert len(log.read_text().splitlines()) == deaths + 1
+    assert not (out / "hidden").exists()
+    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
+    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
 
 
 def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: Path) -> None:
@@ -165,8 +149,8 @@ def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:{closed}", r"Ray cluster '127\.0\.0\.1:\d+' cannot be reached: .*refused"),
-        ("ray://127.0.0.1:10001", "is not HOST:PORT"),
+        ("127.0.0.1:{closed}", r"Ray cluster '127\.0\.0\.1:\d+', .* cannot be reached: .*refused"),
+        ("ray://127.0.0.1:10001", "HOST:PORT or auto, cannot be reached"),
     ],
 )
 def test_an_address_without_a_cluster_is_refused_at_once(

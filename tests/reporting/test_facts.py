@@ -19,19 +19,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner.measure.logits import perplexity_of
-from fistapruner.reporting.facts import facts, lineage_lines
+from fistapruner.reporting.facts import facts, lineage_lines, summary
 from fistapruner.reporting.measured import (
     NOT_MEASURED,
     Fact,
     evaluation_text,
-    gap_closed,
     points,
     quality_facts,
     task_facts,
 )
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.terminal import status_text, summary
+from fistapruner.reporting.terminal import status_text
 from fistapruner.runs.records import (
     Alignment,
     Divergence,
@@ -88,7 +87,7 @@ def card_parts(report: Report) -> tuple[dict[str, Any], str]:
         (
             samples.recovery(tasks=True),
             (
-                *("46.53 ± 0.93", "31.90 ± 0.64", "62.0 ± 0.2", "0.608 ± 0.010", "1.0000", "0.4311"),
+                *("46.53 ± 0.93", "31.90 ± 0.64", "0.608 ± 0.010", "1.0000", "0.4311"),
                 "step 60 of 60 is kept",
                 "2,551,808 numbers of 84 operators",
                 "120 windows of 300 documents, 5 windows of 12 documents held out",
@@ -164,7 +163,7 @@ def test_speeds_are_those_of_every_form_against_the_fastest_dense_one() -> None:
     report = samples.report(2)
     rates = {"dense bfloat16": 10.0, "dense float32": 20.0, "packed": 30.0, "packed int8": 25.0, "smaller float32": 40}
     rows: list[Any] = [samples.speed(name, rate) | {"batch": 2, "threads": 4} for name, rate in rates.items()]
-    rows += [{"variant": "packed odd", "tokens_per_second": None}, "none"]
+    rows.append({"variant": "packed odd", "tokens_per_second": None})
     report.speed = {"speeds": rows, "machine": {"cpu": "a processor"}}
     lines = {label: fact.line for label, fact in found(report).items()}
     assert lines["Decoding, packed, tokens/s"].startswith("30.0 (28.5 to 31.2) (dense 20.0); ×1.50 of dense float32, ")
@@ -184,11 +183,9 @@ def test_removed_structure_stands_with_its_errors() -> None:
         RemovalEntry(unit="MLP channels", before=8, after=4, compensate="none", **errors),
         RemovalEntry(unit="experts", before=4, after=2, kept=[0, 2], compensate="none"),
     ]
-    report.totals.dense_flops_per_token, report.totals.flops_per_token = 200, 150
     rows = found(report)
     assert "4 of 8 MLP channels" in rows["Structure"].after
     assert "2 of 4 experts" in rows["Structure"].after
-    assert rows["FLOP a token"].line.startswith("150 (dense 200); -25.0 %")
     assert "Zeros" not in rows
     cells = re.findall(r">([^<>]*)</t[dh]>", run_page(report))
     place = cells.index("MLP channels 8 → 4")
@@ -203,10 +200,9 @@ def test_a_recovery_that_won_nothing_says_so() -> None:
     report.recovery.before = [report.evaluations[0]]
     for text in texts(report):
         assert "none of 5 checks is lower: the weights of the input are kept" in text
-        assert "0.0 ± 0.0" in text
 
 
-def test_an_alignment_stands_with_its_tests_and_no_share_of_a_gap() -> None:
+def test_an_alignment_stands_with_its_tests() -> None:
     report = samples.recovery()
     report.kind = "align"
     shares = {"dense": 0.7, "pruned": 0.4, "aligned": 0.6}
@@ -221,7 +217,6 @@ def test_an_alignment_stands_with_its_tests_and_no_share_of_a_gap() -> None:
     assert rows["Preference accuracy, %"].line == f"{line} p = 0.727"
     assert rows["Reward margin"].line == "0.200; beta (h - m) against the model that went in"
     assert rows["Pairs"].line.startswith("49 preference pairs; 3 held out, 8 to test, 2 left out, from c4.jsonl")
-    assert "Gap closed, %" not in rows
     assert "Training text" not in rows
 
 
@@ -261,47 +256,6 @@ def test_a_mean_of_tasks_takes_plain_accuracy_and_is_compared_where_every_task_i
     assert mean.how.startswith("difference from dense −12.5; ") == known
     assert mean.how.endswith("unweighted mean over a acc, b acc")
     assert points(-0.0002) == "0.0"
-
-
-def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:
-    """An independent estimate: the jackknife over windows."""
-    generator = torch.Generator().manual_seed(0)
-    dense = 3.0 + 0.3 * torch.randn(200, generator=generator)
-    before = dense + 0.5 + 0.1 * torch.randn(200, generator=generator)
-    after = 0.5 * (before + dense) + 0.05 * torch.randn(200, generator=generator)
-    settings = {"data": "text", "split": "test", "seqlen": 2, "dtype": "float32", "bos": "none", "sha256": "ab"}
-    records = [perplexity_of(values.double(), 1, **settings) for values in (dense, before, after)]
-    won = gap_closed(Evaluation("a", "d", records[1], records[0]), Evaluation("b", "d", records[2], records[0]))
-    assert won is not None
-
-    def closed(keep: torch.Tensor) -> float:
-        return float(1 - (after - dense)[keep].double().mean() / (before - dense)[keep].double().mean())
-
-    everything = torch.ones(200, dtype=torch.bool)
-    left_out = torch.tensor([closed(everything & (torch.arange(200) != window)) for window in range(200)])
-    jackknife = math.sqrt(199 / 200 * float((left_out.double() - left_out.double().mean()).square().sum()))
-    assert won[0] == pytest.approx(closed(everything), abs=1e-5)
-    assert won[1] == pytest.approx(jackknife, rel=0.02)
-
-
-def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
-    def evaluation(value: float, data: str = "a", **changes: Any) -> Evaluation:
-        text = replace(samples.perplexity(value, data), **changes)
-        return Evaluation("m", "dense", text, samples.perplexity(10.0, data))
-
-    assert gap_closed(evaluation(20.0), evaluation(15.0, "b")) is None
-    assert gap_closed(Evaluation("m"), evaluation(15.0)) is None
-    assert gap_closed(evaluation(20.0, nll=math.inf), evaluation(15.0)) is None
-    assert gap_closed(evaluation(9.0), evaluation(8.0)) is None, "better than the dense model"
-    noise = tuple(math.log(10.1) + 0.5 * math.sin(3 * window) for window in range(60))
-    assert gap_closed(evaluation(10.1, window_nlls=noise), evaluation(9.0)) is None, "the gap is below twice its error"
-    known, unknown = evaluation(20.0), replace(evaluation(15.0), reference=None)
-    assert gap_closed(replace(known, reference=None), unknown) is None
-    assert gap_closed(known, unknown) == gap_closed(replace(known, reference=None), evaluation(15.0))
-    unpaired = gap_closed(evaluation(20.0, window_nlls=()), evaluation(15.0))
-    assert unpaired is not None
-    assert unpaired[0] == pytest.approx(1 - math.log(1.5) / math.log(2))
-    assert math.isnan(unpaired[1])
 
 
 def test_the_card_has_what_the_hub_reads() -> None:
@@ -371,7 +325,7 @@ def test_only_structure_is_no_zeros_by_name() -> None:
     report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}
     assert report.only_structure
     report.recipe["allocation"] = {"re:mlp": "2:4", "re:self_attn": "2:4"}
-    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 2:4 by name")
+    assert (report.only_structure, report.sparsity) == (False, "structure 25% and 0%, others by name")
     assert "Zeros" in found(report)
 
 

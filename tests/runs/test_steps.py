@@ -20,14 +20,11 @@ def write(path: Path, count: int) -> list[dict[str, object]]:
     return lines
 
 
-def test_lines_read_back_with_the_same_bits(tmp_path: Path) -> None:
-    assert read_steps(tmp_path / "steps.jsonl") == []
-    lines = write(tmp_path / "steps.jsonl", 40)
-    assert read_steps(tmp_path / "steps.jsonl") == lines
-
-
 def test_a_journal_that_is_cut_or_changed_anywhere_gives_its_first_whole_lines(tmp_path: Path) -> None:
+    """An unharmed one gives all, to the last bit."""
+    assert read_steps(tmp_path / "steps.jsonl") == []
     lines = write(tmp_path / "steps.jsonl", 12)
+    assert read_steps(tmp_path / "steps.jsonl") == lines
     data = (tmp_path / "steps.jsonl").read_bytes()
     draw = random.Random(0)
     for _ in range(300):
@@ -62,18 +59,12 @@ def test_the_newest_whole_snapshot_of_the_run_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_snapshot_leaves_the_one_before(tmp_path: Path, suffix: str, damage: str) -> None:
+def test_a_snapshot_without_one_of_its_files_leaves_the_one_before(tmp_path: Path, suffix: str) -> None:
+    """Damaged ones: ``tests/fuzz``."""
     states = Snapshots(tmp_path / "states")
     for step in (7, 8):
         states.write("run", step, {}, {"theta": torch.full((300,), float(step))})
-    file = states.folder / f"00000008.{suffix}"
-    data = file.read_bytes()
-    if damage == "gone":
-        file.unlink()
-    else:
-        half = len(data) // 2
-        file.write_bytes(data[:half] if damage == "cut" else data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :])
+    (states.folder / f"00000008.{suffix}").unlink()
     found = states.newest("run")
     assert found is not None
     assert found.step == 7

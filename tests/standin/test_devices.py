@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,8 +26,7 @@ SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples"
 
 def test_a_gpu_that_another_process_has_for_itself_is_named(gpu: StandIn, tmp_path: Path) -> None:
     gpu.taken[0] = -1
-    (tmp_path / "run.json").touch()
-    fault = prune_one(0, tmp_path, "cuda:0", Permissions(), tmp_path)
+    fault = prune_one(0, tmp_path, "cuda:0", Permissions(), tmp_path, os.uname().nodename)
     assert re.search(r"^a worker cannot use device cuda:0: CUDA error: .* unavailable$", fault or "")
 
 

@@ -122,17 +122,6 @@ def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path
     assert set(range(4)) - set(kept(report, 1)) == {min(range(4), key=scores.__getitem__)}
 
 
-def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path) -> None:
-    structure = "heads=1,experts=1"
-    folder = tiny.save("mixtral", tmp_path / "model")
-    totals = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL).totals
-    attention, router, expert, head = 2 * (32 + 16) * 32, 4 * 32, 3 * 32 * 48, 128 * 32
-    dense = 2 * (attention + router + 2 * expert) + head  # 2 layers, 2 experts for a token
-    gone = attention // 2 + router // 4
-    assert totals.dense_flops_per_token == 2 * dense
-    assert totals.flops_per_token == 2 * (dense - 2 * gone)
-
-
 def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
     folder = tiny.save_unused_expert(tmp_path / "model", 2)
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)

@@ -312,10 +312,7 @@ def test_a_run_speaks_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     report, dense = load_run(out), AutoModelForCausalLM.from_pretrained(folder)
     assert report.recipe["sparsity"] == "0%"
     gone = 12 * 3 * 32 * 3  # twelve channels of three layers
-    matrices = sum(module.weight.numel() for module in linear(dense))
     assert report.totals.model_weights == dense.num_parameters() - gone
-    assert report.totals.dense_flops_per_token == 2 * matrices  # the tied head is one of them
-    assert report.totals.flops_per_token == 2 * (matrices - gone)
     for text in ((out / "model" / "README.md").read_text(), (out / "report.html").read_text()):
         assert "36 of 48 MLP channels" in text
     assert main(["inspect", str(out), "--quiet"]) == 0

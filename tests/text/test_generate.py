@@ -62,8 +62,9 @@ def test_a_broken_model_is_named() -> None:
         generate_tokens(tiny_model("gpt2"), letters_tokenizer(), 2, 300)
 
 
-def test_generation_says_how_far_it_is() -> None:
+def test_generation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.text.generate.BATCH", {"cpu": (1, 2**30)})
     said: list[str] = []
-    calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, tiny_model, said.append)
-    assert len(said) == 9
-    assert said[-1].startswith("generating text: 1.8 of 2 windows, about ")
+    calibration_tokens(Calibration(source="self", samples=3), letters_tokenizer(), 32, tiny_model, said.append)
+    assert len(said) == 3
+    assert said[-1].startswith("generating text: 2.0 of 3 windows, about ")

@@ -196,21 +196,6 @@ def test_answers_without_tokens_of_their_own_are_left_out(tmp_path: Path) -> Non
     assert pairs.facts["tasks"]["pairs"]["too_long"] == 3
 
 
-class Merging:
-    """Words are tokens, and a space at the end of a text is lost: prompts that end with one are no prefix."""
-
-    eos_token, eos_token_id, bos_token_id, pad_token_id = "", None, None, 0
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [1 + sum(word.encode()) % 100 for word in (text + "|").split(" ")]}
-
-
-def test_prompts_that_end_inside_a_token_are_counted(tmp_path: Path) -> None:
-    records = [{"prompt": f"q{number} ", "chosen": "a b", "rejected": "c d"} for number in range(5)]
-    _, said = tokenised(records, tmp_path, Merging())
-    assert said[0].startswith("5 of 5 pairs have a prompt that ends inside a token of the answer")
-
-
 def test_equal_prompts_are_on_one_side(tmp_path: Path) -> None:
     """The hash of the prompt alone decides, whatever else is in the file."""
     records = many(300)

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of, tiny_model
 
 from fistapruner import FistaPrunerError
-from fistapruner.measure.data import evaluation_documents
 from fistapruner.papers.mamf import Mixture
-from fistapruner.settings.train import RecoverRecipe, TrainingData
-from fistapruner.text.training import TrainingText, order, pack_documents, shared_documents, training_text
-from fistapruner.training.recovery import check_mixture
+from fistapruner.settings.train import TrainingData
+from fistapruner.text.training import TrainingText, order, pack_documents, training_text
 
 EOS = "</s>"
 WORDS = st.text(LETTERS, min_size=1, max_size=30)
@@ -218,47 +216,12 @@ def test_a_mixture_takes_the_same_number_of_tokens_from_each_task(tmp_path: Path
         order(text, 1, 2, data)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(2, 9), st.integers(1, 9), st.integers(1, 5), st.none() | st.integers(1, 9), st.integers(1, 900))
-def test_what_is_named_is_enough_for_a_mixture(
-    tasks: int, per_round: int, windows_per_step: int, steps: int | None, tokens: int
-) -> None:
-    texts = {str(number): "python" for number in range(tasks)}
-    asked: dict[str, Any] = {"windows_per_step": windows_per_step, "steps": steps}
-    asked["data"] = {"source": texts, "tokens": tokens, "per_round": min(per_round, tasks)}
-    try:
-        check_mixture(RecoverRecipe(**asked), 32)
-    except FistaPrunerError as error:
-        advice = str(error).partition(": take ")[2].partition(", or per_round ")[0]
-        for value, name in re.findall(r"at least (\d+) (\w+)", advice):
-            (asked if name == "steps" else asked["data"])[name] = int(value)
-        assert (asked["steps"], asked["data"]["tokens"]) != (steps, tokens)
-        check_mixture(RecoverRecipe(**asked), 32)
-
-
 def test_generated_text_is_a_task_too_and_comes_last(tmp_path: Path) -> None:
     sources = {"own": "self", **tasks(tmp_path, {"a": 100, "b": 100})}
     text = training_text(TrainingData(source=sources, tokens=21 * 32), letters_tokenizer(), 32, tiny_model)
     assert torch.bincount(text.task[~text.held_out]).tolist() == [7, 7, 7]
     with pytest.raises(FistaPrunerError, match=r"3 tasks, 1 a round, needs 18 windows .* there are 10"):
         training_text(TrainingData(source=sources, tokens=320, per_round=1), letters_tokenizer(), 32)
-
-
-def test_shared_documents_are_named(tmp_path: Path) -> None:
-    sources = tasks(tmp_path, {"a": 100, "b": 3})
-    text = training_text(TrainingData(source=sources["a"], tokens=10**5), letters_tokenizer(), 32)
-    other, documents = evaluation_documents(sources["b"]), evaluation_documents(sources["a"])
-    assert shared_documents(text.documents, other, "b.jsonl") is None
-    said = shared_documents(text.documents, [*other, *documents], "b.jsonl")  # of both sides
-    assert said is not None
-    assert said.startswith("100 of the 103 documents of the evaluation text 'b.jsonl' are also in the training text (")
-    assert documents[0] in said
-    (tmp_path / "c.txt").write_text("\n\n".join(documents))
-    source = str(tmp_path / "c.txt")
-    whole = training_text(TrainingData(source=source, tokens=64), letters_tokenizer(), 32)
-    assert shared_documents(whole.documents, evaluation_documents(source), "c.txt") is not None
-    python = training_text(TrainingData(source="python", tokens=256), letters_tokenizer(), 32)
-    assert shared_documents(python.documents, evaluation_documents("python"), "python") is None
 
 
 @settings(max_examples=25, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -174,14 +174,6 @@ def test_a_model_is_not_kept_alive_by_a_training_that_failed() -> None:
     train(pruned(seed=1), OPTIMIZERS["sgd"], steps=1)
 
 
-def test_other_models_are_left_alone() -> None:
-    model, other = pruned(), pruned(seed=1)
-    before = zeros(other)
-    with fp.hold_mask(model):
-        train(other, OPTIMIZERS["adamw"], steps=1)
-    assert lost(other, before) > 1000
-
-
 def test_the_end_names_an_operator_with_lost_zeros() -> None:
     model = pruned()
     weight = model.model.layers[1].mlp.up_proj.weight
@@ -289,14 +281,16 @@ def test_modules_that_peft_copies_are_held(place: str) -> None:
     assert all(torch.equal(after[name] & masks[name], masks[name]) for name in held.operators)
 
 
-def test_a_model_beside_its_frozen_reference_is_held() -> None:
-    policy = pruned()
+def test_a_model_beside_its_frozen_reference_is_held_and_others_are_not() -> None:
+    policy, other = pruned(), pruned(seed=1)
     both = nn.ModuleDict({"policy": policy, "reference": pruned(seed=1).requires_grad_(False)})
-    held, before = fp.hold_mask(both), zeros(policy)
+    held, before, others = fp.hold_mask(both), zeros(policy), zeros(other)
     assert {name for name in held.operators if "policy" in name} == {f"policy.{name}" for name in before}
     with held:
         train(policy, OPTIMIZERS["adamw"])
+        train(other, OPTIMIZERS["adamw"], steps=1)
     assert lost(policy, before) == 0
+    assert lost(other, others) > 1000
 
 
 def parallel_training(rank: int, port: int, folder: Path) -> None:
@@ -363,21 +357,14 @@ def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.pt"))) == 5
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch without torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_whole_weights_after_an_evaluation_are_no_lost_zeros(process_group: None) -> None:
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_whole_weights_after_an_evaluation_are_no_lost_zeros(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As long as the backward pass has not come, FSDP2 keeps what the forward pass has gathered."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    request.addfinalizer(torch.distributed.destroy_process_group)
     model = pruned()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
     with fp.hold_mask(model) as held:
@@ -420,22 +407,11 @@ def test_accelerate_and_a_gradient_scaler(hold: bool) -> None:
     assert (lost(model, before) == 0) == hold
 
 
-def run_of(architecture: str, folder: Path) -> Path:
-    """The model of a pruning run."""
-    dense = tiny.save(architecture, folder / "dense")
-    fp.prune(dense, folder / "run", sparsity="50%", method="wanda", calibration={"samples": 2, "seqlen": 16})
-    return folder / "run" / "model"
-
-
-def loaded(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe"])
 def test_experts_keep_every_zero_and_saved_files_have_what_the_record_claims(tmp_path: Path, architecture: str) -> None:
     """Experts are tensors of three dimensions in the model, and one by one in most files."""
-    pruned_model = run_of(architecture, tmp_path)
-    model, control = loaded(pruned_model), loaded(pruned_model)
+    pruned_model = tiny.Bench(tmp_path, "50%").pruned(architecture) / "model"
+    model, control = (transformers.AutoModelForCausalLM.from_pretrained(pruned_model) for _ in range(2))
     before = {name: parameter == 0 for name, parameter in model.named_parameters()}
     with fp.hold_mask(model) as held:
         train(model, OPTIMIZERS["adamw"])

@@ -21,7 +21,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.low_rank import LowRankAdapter
 from fistapruner.models.operators import discover
-from fistapruner.reporting.terminal import summary
+from fistapruner.reporting.facts import summary
 from fistapruner.runs.records import Report
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.training.masked import Trained

@@ -18,9 +18,8 @@ from fistapruner.models.operators import discover
 from fistapruner.runtime.numerics import Budgets
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.training import TrainingText
-from fistapruner.training.loss import Objective, TokenLoss
+from fistapruner.training.loss import Objective, Teacher, TokenLoss
 from fistapruner.training.masked import Trained
-from fistapruner.training.teacher import Teacher
 
 WINDOWS, SEQLEN = 4, 24
 

@@ -19,9 +19,8 @@ from fistapruner.papers.mrpo import Preference, margins_of
 from fistapruner.settings.align import PairData
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.pairs import Pairs, read_pairs, tokenise_pairs
-from fistapruner.training.loss import PairObjective, PairTerms
+from fistapruner.training.loss import PairObjective, PairTerms, Teacher
 from fistapruner.training.masked import Trained
-from fistapruner.training.teacher import Teacher
 
 TRL_PAIRS = [
     ("The sky is", " blue.", " green."),

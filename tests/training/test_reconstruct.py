@@ -19,7 +19,7 @@ from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.run import prune
 from fistapruner.runs.log import Listener
-from fistapruner.training.reconstruct import BlockLoss, Reconstructed, ReconstructionSettings, reconstruct_layer
+from fistapruner.training.reconstruct import BlockLoss, ReconstructionSettings, reconstruct_layer
 from tiny import tensors
 
 SETTINGS: dict[str, Any] = {
@@ -92,9 +92,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> N
 
 def reconstructed(
     folder: Path, settings: ReconstructionSettings
-) -> tuple[Reconstructed, dict[str, Tensor], dict[str, Tensor]]:
-    """Match the first layer of a model after half of its operators' weights were removed; also its tensors before and
-    after."""
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Match the first layer of a model without half of its operators' weights; also its tensors before and after."""
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(model)
     tokens = torch.randint(3, tiny.VOCABULARY, (9, 24), generator=torch.Generator().manual_seed(0))
@@ -110,23 +109,25 @@ def reconstructed(
                 weight[weight.abs() < weight.abs().median()] = 0
         before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
         result = reconstruct_layer(model, 0, layout.layers[0], inputs, wanted, calls, settings)
-        return result, before, {name: parameter.clone() for name, parameter in layer.named_parameters()}
+        return *result, before, {name: parameter.clone() for name, parameter in layer.named_parameters()}
 
 
 def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
-    result, before, after = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=16, rate=30.0))
-    assert result.record["kept_step"] == 0
-    assert result.record["steps"] < 16
-    assert not result.weights
+    found = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=16, rate=30.0))
+    weights, record, before, after = found
+    assert record["kept_step"] == 0
+    assert record["steps"] < 16
+    assert not weights
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
-    result, before, after = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=64, rate=0.3))
-    assert result.record["held_out_after"] < result.record["held_out_before"]
-    assert result.weights.keys() == {f"model.layers.0.{name}" for name in before}
+    found = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=64, rate=0.3))
+    weights, record, before, after = found
+    assert record["held_out_after"] < record["held_out_before"]
+    assert weights.keys() == {f"model.layers.0.{name}" for name in before}
     for name, tensor in after.items():
-        assert torch.equal(tensor, result.weights[f"model.layers.0.{name}"])
+        assert torch.equal(tensor, weights[f"model.layers.0.{name}"])
         assert torch.equal(tensor == 0, before[name] == 0)
 
 

@@ -167,8 +167,9 @@ def decide(
     if permutes(recipe):
         kept = _staying_patterns(recipe, layout, after, sparsity)
         permutations = Permutations(model, layout, kept, patterns if kind == "error" else ())
-    seen, outliers = _Seen(layout, patterns if curved else (), permutations), Outliers(layout)
-    gather = InputSums(InputEnergy, outliers.add) if kind == "owl" else None
+    seen = _Seen(layout, patterns if curved else (), permutations)
+    outliers = Outliers(layout) if kind == "owl" else None
+    gather = None if outliers is None else InputSums(InputEnergy, outliers.add)
     if curved or permutations is not None:
         gather = InputSums(ProblemSums, seen.add)
     sensitivity, costs = Sensitivity({}, []), {}
@@ -186,7 +187,7 @@ def decide(
             gather_inputs(model, layout, windows, passes, gather)
     found: dict[str, Constraint] | None = None
     facts: WorkloadFacts | None = None
-    if kind == "owl":
+    if outliers is not None:
         found = dict(outliers.allocation(sizes, recipe.pattern.fraction))
     elif curved:
         # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.

@@ -90,8 +90,8 @@ class _Verb(_Parser):
         return found, unknown
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all verbs."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser; the arguments are those of ``only`` one verb, or of all."""
     from .. import __version__
 
     parser = _Parser(
@@ -113,9 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=_Help,
             allow_abbrev=False,
         )
-        getattr(module, f"configure_{verb}")(sub)
-        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
-        sub.set_defaults(run=getattr(module, verb))
+        if only in (None, verb):
+            getattr(module, f"configure_{verb}")(sub)
+            sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
+            sub.set_defaults(run=getattr(module, verb))
     return parser
 
 
@@ -123,10 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, at_home, out_path
     from ..runtime.machine import leads
+    from .arguments import hide_progress
 
     with _signals() as terminated, _readers_may_leave() as results:
         try:
-            parsed = build_parser().parse_args(arguments)  # which may colour its help
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            verb = next((word for word in words if not word.startswith("-")), "")
+            parsed = build_parser(verb).parse_args(words)  # which may colour its help
             for name, called in (("out", "out"), ("run_directory", "RUN")):
                 if (given := getattr(parsed, name, None)) is not None:
                     setattr(parsed, name, str(out_path(given, name=called)))
@@ -143,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if parsed.debug:
                     traceback.print_exc()
                 raise
+            finally:
+                hide_progress(parsed)
             results.complete()
             return status
         except FistaPrunerError as error:

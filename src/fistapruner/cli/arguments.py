@@ -192,8 +192,15 @@ def run_options(arguments: argparse.Namespace, listener: Listener) -> dict[str, 
     }
 
 
+def hide_progress(arguments: argparse.Namespace) -> None:
+    """Take a live line of progress from the terminal, where a verb shows one."""
+    if (listener := getattr(arguments, "listener", None)) is not None:
+        listener.close()
+
+
 def show(result: Any, arguments: argparse.Namespace) -> None:
     """Print what a function returned: its text, or with ``--json`` its values."""
+    hide_progress(arguments)
     if not getattr(arguments, "json", False):
         print(result)
         return

@@ -40,7 +40,7 @@ def report(arguments: argparse.Namespace) -> int:
     """
     from ..reporting.page import write_page
 
-    print(write_page(arguments.run_directory))
+    show(write_page(arguments.run_directory), arguments)
     return 0
 
 
@@ -181,10 +181,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     from ..reporting.inspection import inspection_text
 
     found = run_inspect(arguments.checkpoint, arguments.pattern, progress=listener.tick, **trust(arguments))
-    if arguments.quiet and not arguments.json:
-        print(inspection_text(found, operators=False))
-    else:
-        show(found, arguments)
+    show(inspection_text(found, operators=False) if arguments.quiet and not arguments.json else found, arguments)
     return int(bool(found.violations))
 
 
@@ -213,7 +210,7 @@ def pack(arguments: argparse.Namespace) -> int:
     from ..packed.pack import pack as run_pack
 
     settings = {"values": arguments.values, "allow_pickle": arguments.allow_pickle}
-    print(run_pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick))
+    show(run_pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick), arguments)
     return 0
 
 
@@ -234,7 +231,7 @@ def unpack(arguments: argparse.Namespace) -> int:
     listener = choose_listener(arguments)
     from ..packed.pack import unpack as run_unpack
 
-    print(run_unpack(arguments.packed, arguments.out, progress=listener.tick))
+    show(run_unpack(arguments.packed, arguments.out, progress=listener.tick), arguments)
     return 0
 
 
@@ -265,5 +262,5 @@ def export(arguments: argparse.Namespace) -> int:
     from ..packed.export import export as run_export
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
-    print(run_export(arguments.model, arguments.out, arguments.values, **settings))
+    show(run_export(arguments.model, arguments.out, arguments.values, **settings), arguments)
     return 0

@@ -86,7 +86,7 @@ def resume(arguments: argparse.Namespace) -> int:
       fistapruner resume runs/first
     """
     listener = choose_listener(arguments)
-    from ..resuming import resume as run_resume
+    from ..pruning.run import resume as run_resume
 
     return finish(run_resume(arguments.run_directory, listener=listener, **trust(arguments)), arguments)
 

@@ -23,7 +23,6 @@ from ..models.record import (
     MIN_ZEROS,
     read_pruning_record,
     recorded_claims,
-    stores_inputs_first,
     take_claimed_apart,
     violation_of,
 )
@@ -149,7 +148,6 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
     take_claimed_apart(checkpoint, record)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     claims, faults = recorded_claims(record, entries)
-    inputs_first = stores_inputs_first(claims, entries)
     if asked is not None:
         if not known:
             raise FistaPrunerError(f"{folder}: its config.json does not tell which tensors are to be {asked}")
@@ -167,15 +165,11 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
         if parameters is None or parameters.issuperset(checkpoint.whole(name)):
             zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
-            transposed = known[name].transposed if name in known else inputs_first
-            operators.append(_inspect(entry, tensor.T if transposed else tensor, zero, claims.get(name)))
+            oriented = tensor.T if name in known and known[name].transposed else tensor
+            operators.append(_inspect(entry, oriented, zero, claims.get(name)))
         elif not bool(torch.isfinite(tensor).all()):
             faults.append(f"{name}: {NOT_FINITE}")
-    lineage, widths = None, []
-    try:
-        lineage = read_lineage(record, folder)
-    except FistaPrunerError as error:
-        faults.append(str(error))
+    widths = []
     for cut in record.get("widths", ()) if asked is None else ():
         layer, unit, after = cut["layer"], cut["unit"], cut["after"]
         widths.append((layer, unit, cut["before"], after))
@@ -184,12 +178,13 @@ def _inspected(folder: Path, checkpoint: Checkpoint, asked: Constraint | None, p
             for part, size in cut["sizes"].items()
             if (name := f"{layer}.{part}.weight") in entries and after * size not in entries[name].shape
         ]
-    low_rank = None
+    lineage = adapter = None
     try:
-        if (adapter := LowRankAdapter.beside(checkpoint.folder)) is not None:
-            low_rank = adapter.weights, adapter.rank
+        lineage = read_lineage(record, folder)
+        adapter = LowRankAdapter.beside(checkpoint.folder)
     except FistaPrunerError as error:
         faults.append(str(error))
+    low_rank = None if adapter is None else (adapter.weights, adapter.rank)
     return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), tuple(widths), lineage, low_rank)
 
 
@@ -210,14 +205,11 @@ def _inspect(entry: TensorEntry, weight: Tensor, zeros: int, claim: Mapping[str,
     weight = weight.contiguous()
     fault = None if bool(torch.isfinite(weight).all()) else NOT_FINITE
     said = None if claim is None else str(claim.get("sparsity"))
-    pattern = None
-    if claim is None and weight.ndim == 2:
-        found = exact_pattern(weight, zeros)
-        pattern = None if found is None else str(found)
-    elif claim is not None and fault is None:
+    pattern = exact_pattern(weight, zeros) if claim is None and weight.ndim == 2 else None
+    if claim is not None and fault is None:
         fault = violation_of(weight, zeros, claim)
-        pattern = said if fault is None and ":" in str(said) else None
-    return OperatorInspection(entry.name, entry.shape, zeros, weight.numel(), pattern, said, fault)
+    held = said if fault is None and ":" in str(said) else None if pattern is None else str(pattern)
+    return OperatorInspection(entry.name, entry.shape, zeros, weight.numel(), held, said, fault)
 
 
 def _is_operator(entry: TensorEntry) -> bool:

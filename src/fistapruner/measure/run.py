@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ import torch
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text
 from ..models.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
+from ..reporting.measured import speeds_text
 from ..reporting.model_card import model_card
 from ..reporting.page import write_page
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.labels import DONE
 from ..runs.lineage import Dense, dense_of, input_run, update_stage, write_lineage
-from ..runs.lock import hold
-from ..runs.log import Listener
-from ..runs.records import Evaluation, Generation, Report, is_run, load_run
+from ..runs.log import Listener, hold
+from ..runs.records import DONE, Evaluation, Generation, Report, is_run, load_run
 from ..runs.settled import EvaluationRequest, absolute, changed_files
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
@@ -29,14 +29,12 @@ from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
 from ..settings.base import Execution
-from ..settings.prune import Recipe
-from ..settings.train import RecoverRecipe
 from ..text.sources import document_hash, source_documents
-from ..text.training import shared_documents, training_documents
+from ..text.training import training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import evaluate as run_evaluation
 from .generations import generate_side_by_side
-from .speed import Speeds, packed_bytes
+from .speed import Speed, kernel_name
 from .speed import bench as bench_forms
 
 
@@ -64,19 +62,23 @@ class Compared:
         """Folder of the dense model; None where it is gone."""
         return self.dense.folder if self.dense is not None and self.dense.folder.exists() else None
 
-    def reference(self, run: str | Path, permissions: Permissions, named: str | Path | None = None) -> str | Path:
+    @property
+    def gone(self) -> str:
+        """Say why there is no dense model."""
+        return f"is not at {self.dense.folder}" if self.dense is not None else "is not known"
+
+    def reference(self, run: Path, permissions: Permissions, named: str | None = None) -> str | Path:
         """Return the dense model, where a user has named it or where it was.
 
         Raises:
             FistaPrunerError: it is not there, or has other files than the run began with.
         """
-        model = self.folder if named is None else named
+        model = named or self.folder
         if model is None:
-            where = f"not at {self.dense.folder}" if self.dense else "not known"
-            raise FistaPrunerError(f"{run}: the model it was made from is {where}: say where it is with --against")
+            raise FistaPrunerError(f"{run}: the model it was made from {self.gone}: say where it is with --against")
         noted = self.dense.stamps if self.dense is not None else ()
         if noted and (why := changed_files(noted, permissions.find(model))):
-            other = shell_line("evaluate", Path(run) / "model", "--against", model)
+            other = shell_line("evaluate", run / "model", "--against", model)
             raise FistaPrunerError(
                 f"{why} since {run} began: name its dense model with --against, or compare with another by '{other}'"
             )
@@ -108,8 +110,7 @@ def measure(
         FistaPrunerError: the text cannot be read.
     """
     if request is not None:
-        compared = Compared.of(run)
-        begin = time.perf_counter()
+        compared, begin = Compared.of(run), time.perf_counter()
         if _evaluated(run, report, request, compared, execution, permissions, listener):
             report.totals.time_split["evaluation"] = time.perf_counter() - begin
             run.write_report(report)
@@ -130,38 +131,33 @@ def _evaluated(
     permissions: Permissions,
     listener: Listener,
 ) -> bool:
-    """Measure what the report does not have; arguments as for :func:`measure`.
-
-    Returns:
-        Whether the report has changed.
-    """
+    """Measure what the report does not have, for :func:`measure`; return whether there was anything."""
     assert report.calibration is not None
     if compared.folder is None and not any(found.reference for found in report.evaluations):
-        where = "is not known" if compared.dense is None else f"is not at {compared.dense.folder}"
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
-        listener.say(f"no figures of the dense model, which {where}: '{add}' adds them")
-    for warning in seen_texts(report, request.data, own=report.kind == "prune"):
+        listener.say(f"no figures of the dense model, which {compared.gone}: '{add}' adds them")
+    for warning in seen_texts(report, request.data):
         add_warning(report, warning, listener)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
-    settings = {
-        "device": execution.device,
-        "dtype": report.recipe.get("dtype", "auto"),
-        "batch_size": execution.batch_size,
-        "memory_limit": execution.memory_limit,
-        "tick": listener.tick,
+    again: Callable[..., Evaluation] = partial(
+        run_evaluation,
+        data=cut,
+        device=execution.device,
+        dtype=report.recipe.get("dtype", "auto"),
+        batch_size=execution.batch_size,
+        memory_limit=execution.memory_limit,
+        tick=listener.tick,
         **permissions.keywords(),
-    }
-    found = next(
-        (one for one in report.evaluations if one.perplexity and one.perplexity.text_sha256 == cut.sha256), None
     )
-    if new := found is None:
+    texts = [one for one in report.evaluations if one.perplexity and one.perplexity.text_sha256 == cut.sha256]
+    if not texts:
         both = "dense and the " if compared.folder else ""
         listener.say(f"evaluating the {both}{DONE[report.kind]} model on {request.data}")
-        found = run_evaluation(run.model, cut, against=compared.folder, **settings)
-        report.evaluations.append(found)
+        report.evaluations = put_in_place(report.evaluations, again(run.model, against=compared.folder))
         run.write_report(report)
-    return _add_input(report, compared, found, listener, data=cut, **settings) or new
+    found = texts[0] if texts else report.evaluations[-1]
+    return _add_input(report, compared, found, listener, again) or not texts
 
 
 def _samples(
@@ -204,48 +200,44 @@ def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
 
 
 def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:
-    """Warn that evaluation text has documents of calibration text; None where it has none.
+    """Warn that evaluation text has documents of calibration or training text; None where it has none.
 
     Known data sets, and Python's language reference, have parts of their own for both, so only files are compared.
-
-    Args:
-        sources: of the calibration text.
-        data: the evaluation text.
-        training: the sources are of training text.
     """
     files = [source for source in sources if Path(source).is_file()]
     if not files or not Path(data).is_file():
         return None
     read = training_documents if training else source_documents
     known = {document_hash(document) for file in files for document in read(file)}
-    return shared_documents(known, evaluation_documents(data), data, "training" if training else "calibration")
+    documents = evaluation_documents(data)
+    shared = [document for document in documents if document_hash(document) in known]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of the {len(documents)} documents of the evaluation text {data!r} are also in the "
+        f"{'training' if training else 'calibration'} text (such as {' '.join(shared[0][:200].split())[:40]!r}): "
+        "figures on it are too good"
+    )
 
 
-def seen_texts(report: Report, data: str, *, own: bool = True) -> list[str]:
-    """Warn of evaluation text that is also calibration or training text of a run or of those before it.
-
-    Args:
-        report: of the run.
-        data: the evaluation text.
-        own: compare the run's own text too; a run that trains has compared the documents that it took of it.
-    """
-    stages = [] if report.lineage is None else report.lineage.stages
+def seen_texts(report: Report, data: str) -> list[str]:
+    """Warn of evaluation text that is also calibration or training text of a run or of those before it."""
+    stages = report.lineage.stages if report.lineage else []
     runs = [(stage.kind, stage.settings) for stage in stages if stage.fingerprint != report.fingerprint]
-    sources: dict[str, list[str]] = {"prune": [], "recover": []}
-    for kind, settings in [*runs, *([(report.kind, report.recipe)] if own else [])]:
-        with suppress(FistaPrunerError):  # settings of another release
-            if kind == "prune":
-                sources[kind] += Recipe.build(settings).calibration.sources.values()
-            elif kind == "recover":
-                sources[kind] += RecoverRecipe.build(settings).data.texts
+    runs.append((report.kind, report.recipe))
     found = []
-    for what, files in sources.items():
+    for kind, section in (("prune", "calibration"), ("recover", "data")):
+        texts = [(settings.get(section) or {}).get("source") for verb, settings in runs if verb == kind]
+        named = [name for text in texts for name in (text.values() if isinstance(text, dict) else [text])]
         with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
-            found.append(shared_text(dict.fromkeys(files), absolute(data), training=what == "recover"))
+            files = dict.fromkeys(str(name) for name in named)
+            found.append(shared_text(files, absolute(data), training=kind == "recover"))
     return [warning for warning in found if warning]
 
 
-def _add_input(report: Report, compared: Compared, found: Evaluation, listener: Listener, **settings: Any) -> bool:
+def _add_input(
+    report: Report, compared: Compared, found: Evaluation, listener: Listener, again: Callable[..., Evaluation]
+) -> bool:
     """Add the figures of the model that training began with, on the windows and items of its result.
 
     They are taken from the report of the run that made it, where they were measured there; else perplexity is measured.
@@ -255,22 +247,21 @@ def _add_input(report: Report, compared: Compared, found: Evaluation, listener: 
         compared: the models.
         found: the figures of the result.
         listener: receives progress.
-        **settings: as for :func:`fistapruner.evaluate`.
+        again: evaluates a model on the same text.
 
     Returns:
         Whether the report has changed.
     """
     if report.recovery is None or compared.before is None:
         return False
-    before = report.recovery.before
-    items = {task.measured_on for task in found.tasks}
-    for one in _of_input(report, compared.before):
-        alike = replace(one, tasks=tuple(task for task in one.tasks if task.measured_on in items))
-        before = put_in_place(before, alike if _same_text(one, found) else _without_text(alike))
-    if found.perplexity is not None and not any(_same_text(one, found) for one in before):
+    wanted, before = _measured_on(found), report.recovery.before
+    for each in _of_input(report, compared.before):
+        for part in _parts(each).values():
+            before = put_in_place(before, part) if _measured_on(part) <= wanted else before
+    if found.perplexity is not None and not any({found.perplexity.measured_on} <= _measured_on(one) for one in before):
         if compared.before.exists():
             listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
-            before = put_in_place(before, run_evaluation(compared.before, against=found.against, **settings))
+            before = put_in_place(before, again(compared.before, against=found.against))
         else:
             listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")
     changed = before != report.recovery.before
@@ -283,39 +274,31 @@ def _of_input(report: Report, before: Path) -> list[Evaluation]:
     origin, stages = input_run(str(before)), report.lineage.stages if report.lineage else []
     if origin is None or len(stages) < 2:
         return []
-    try:
+    with suppress(FistaPrunerError):
         made = load_run(origin.folder)
-    except FistaPrunerError:
-        return []
-    return made.evaluations if made.fingerprint == stages[-2].fingerprint else []
+        return made.evaluations if made.fingerprint == stages[-2].fingerprint else []
+    return []
 
 
 def put_in_place(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
-    """Put an evaluation in the place of the earlier one on its text, or last; what it measures again goes."""
-    again = {(task.task, task.metric) for task in found.tasks}
-    kept: list[Evaluation] = []
-    place = None
-    for evaluation in earlier:
-        rest = replace(evaluation, tasks=tuple(t for t in evaluation.tasks if (t.task, t.metric) not in again))
-        if _same_text(evaluation, found):
-            rest, place = _without_text(rest), len(kept)
-        if rest.perplexity is not None or rest.tasks:
-            kept.append(rest)
-    if found.perplexity is not None or found.tasks:
-        kept.insert(len(kept) if place is None else place, found)
-    return kept
+    """Put each part of an evaluation in the place of the earlier one of its text or task, or last."""
+    kept: dict[tuple[str, str], Evaluation] = {}
+    for each in (*earlier, found):
+        kept |= _parts(each)
+    return list(kept.values())
 
 
-def _without_text(found: Evaluation) -> Evaluation:
-    """Return an evaluation with its tasks only."""
-    return replace(found, perplexity=None, reference=None, divergence=None)
+def _parts(found: Evaluation) -> dict[tuple[str, str], Evaluation]:
+    """Split an evaluation into those of its text and of each score, by what a new one replaces."""
+    bare = replace(found, perplexity=None, reference=None, divergence=None, tasks=())
+    text = {} if found.perplexity is None else {found.perplexity.measured_on: replace(found, tasks=())}
+    return text | {(task.task, task.metric): replace(bare, tasks=(task,)) for task in found.tasks}
 
 
-def _same_text(a: Evaluation, b: Evaluation) -> bool:
-    """Check that two evaluations are of the same windows in the same precision."""
-    if a.perplexity is None or b.perplexity is None:
-        return False
-    return a.perplexity.measured_on == b.perplexity.measured_on
+def _measured_on(found: Evaluation) -> set[Any]:
+    """Return the windows and the items of an evaluation."""
+    text = set() if found.perplexity is None else {found.perplexity.measured_on}
+    return text | {task.measured_on for task in found.tasks}
 
 
 def evaluate(
@@ -339,9 +322,7 @@ def evaluate(
         against: the dense model; of a run by default the one that was pruned.
         listener: receives progress.
         keep: called with what is measured before the tasks begin; figures of a run are kept with it.
-        **settings: ``seqlen``, ``windows``, ``tasks``, ``tasks_dir``, ``limit``, ``device``, ``dtype``, ``batch_size``,
-            ``memory_limit``, ``bos``, ``allow_pickle``, ``trust_remote_code``, as the options of
-            ``fistapruner evaluate``.
+        **settings: the other options of ``fistapruner evaluate``, as fields of :class:`.evaluate.Asked`.
 
     Returns:
         What was measured, printed as ``fistapruner evaluate`` prints it.
@@ -354,28 +335,37 @@ def evaluate(
     if not isinstance(model, (str, Path)) or not is_run(model):
         return run_evaluation(model, data, **{"against": against, "tick": listener.tick, "keep": keep, **settings})
     data = None if data is None else path_text("data", data, A_TEXT)
-    against = None if against is None else path_text("against", against, A_MODEL)
+    named = None if against is None else path_text("against", against, A_MODEL)
     permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with hold(Path(model)):
         run, report = finished_run(Path(model))
         compared = Compared.of(run)
-        against = compared.reference(model, permissions, against)
+        against = compared.reference(Path(model), permissions, named)
         listener.tick("opening and checking the models", 0, 1)
         shared = [] if data is None else seen_texts(report, data)
-        for warning in shared:
-            add_warning(report, warning, listener)
+        text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
 
         def keep_with_run(found: Evaluation) -> None:
-            for warning in found.warnings:
+            for warning in (*shared, *found.warnings):
                 add_warning(report, warning, listener)
             report.evaluations = put_in_place(report.evaluations, replace(found, warnings=(*shared, *found.warnings)))
-            text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
-            _add_input(report, compared, found, listener, data=data, **text)
+            _add_input(report, compared, found, listener, partial(run_evaluation, data=data, **text))
             publish(run, report, listener)
 
         found = run_evaluation(run.model, data, against=against, keep=keep_with_run, **settings)
         keep_with_run(found)
     return replace(found, warnings=(*shared, *found.warnings))
+
+
+class Speeds(list[Speed]):
+    """Speeds of the forms of one model, printed as facts."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurements as JSON values, for ``bench --json`` and ``report.json``."""
+        return {"speeds": [asdict(speed) for speed in self], "kernel": kernel_name()}
+
+    def __str__(self) -> str:
+        return speeds_text(self.to_json())
 
 
 @undisturbed()
@@ -387,8 +377,7 @@ def bench(model: str | Path, *, listener: Listener | None = None, **settings: An
     Args:
         model: run directory, or checkpoint folder.
         listener: receives progress.
-        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, ``allow_pickle``, as the options of
-            ``fistapruner bench``.
+        **settings: the options of ``fistapruner bench``.
 
     Returns:
         One speed for each form, printed as a table.
@@ -403,12 +392,12 @@ def bench(model: str | Path, *, listener: Listener | None = None, **settings: An
         (run, report), before = finished_run(Path(model)), None
         if lost_structure(read_pruning_record(run.model)):
             try:
-                before = Compared.of(run).reference(model, Permissions(settings.get("allow_pickle", False)))
+                before = Compared.of(run).reference(run.folder, Permissions(settings.get("allow_pickle", False)))
             except FistaPrunerError as error:
                 listener.say(f"the dense model is not measured: {error}")
         found = Speeds(bench_forms(run.model, before=before, tick=listener.tick, **settings))
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**found.to_json(), "machine": machine, "measured": now()}
-        report.totals.compressed_bytes = packed_bytes(found)
+        report.totals.compressed_bytes = next((form.file_size for form in found if form.variant == "packed"), None)
         publish(run, report, listener)
     return found

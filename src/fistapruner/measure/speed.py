@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ from ..packed.load import load
 from ..packed.pack import NoPackedFormError, pack, unpacked
 from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
 from ..runtime.files import temporary_folder
-from ..runtime.show import Tick, align_columns, counted, silent
-from . import QUANTISE_FIRST
+from ..runtime.show import Tick, silent
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -47,8 +45,7 @@ SPEED_OF_OWN_CODE = "the speed of such models is not measured"
 """Why a model with Python code of its own is refused."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One timed generation: seconds to the first token, and then new tokens of the whole batch per second."""
 
     first_token: float
@@ -76,7 +73,7 @@ class Speed:
     @classmethod
     def of(cls, variant: str, runs: Sequence[Run], **setting: Any) -> Speed:
         """Summarise timed runs by median and range; ``setting`` gives all other fields."""
-        rates, firsts = [run.tokens_per_second for run in runs], [run.first_token for run in runs]
+        firsts, rates = zip(*runs, strict=True)
         return cls(
             variant=variant,
             tokens_per_second=statistics.median(rates),
@@ -88,8 +85,7 @@ class Speed:
         )
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One form of a model, for :func:`compare`."""
 
     name: str
@@ -269,65 +265,7 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
     return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
 
 
-def record(speeds: Sequence[Speed]) -> dict[str, Any]:
-    """Return the measurements of a model as JSON values, for ``bench --json`` and ``report.json``."""
-    return {"speeds": [asdict(speed) for speed in speeds], "kernel": kernel_name(), "sentence": sentence(speeds)}
-
-
-def packed_bytes(speeds: Sequence[Speed]) -> int | None:
-    """Return the bytes of the losslessly packed weights; None if that form was not measured."""
-    return next((speed.file_size for speed in speeds if speed.variant == "packed" and speed.file_size), None)
-
-
 def kernel_name() -> str:
     """Name the kernel that packed operators use on this machine."""
     level = kernel.best_level()
     return kernel.LEVELS[level] if level >= 0 else "none (torch)"
-
-
-def sentence(speeds: Sequence[Speed]) -> str:
-    """Say in a few words how the fastest packed or smaller form compares with the fastest dense one."""
-    ours = [speed for speed in speeds if speed.variant.startswith(("packed", "smaller"))]
-    dense = [speed for speed in speeds if speed.variant.startswith("dense")]
-    if not ours:
-        return "There is no packed form of this model ('fistapruner pack' says why), and nothing to compare with."
-    if not dense:
-        return "The dense model that this smaller one was is not at hand: nothing to compare with."
-    best, whole = (max(each, key=attrgetter("tokens_per_second")) for each in (ours, dense))
-    (low, high), (dense_low, dense_high) = best.tokens_per_second_range, whole.tokens_per_second_range
-    doubt = ", within the spread of the runs" if low <= dense_high and dense_low <= high else ""
-    doubt = ", in one run, whose spread is not known" if best.runs == 1 else doubt
-    return (
-        f"On this machine the fastest form without the zeros ({best.variant}) decodes "
-        f"{best.tokens_per_second / whole.tokens_per_second:.2f} times as fast as the fastest dense one "
-        f"({whole.variant}){doubt}, with {best.peak_memory / whole.peak_memory:.2f} times its peak memory."
-    )
-
-
-class Speeds(list[Speed]):
-    """Speeds that are printed as a table, with the setting and what they come to."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the measurements as JSON values."""
-        return record(self)
-
-    def __str__(self) -> str:
-        first = self[0]
-        parts = [
-            f"batch {first.batch}",
-            counted(first.prompt, "prompt token"),
-            counted(first.tokens, "new token"),
-            counted(first.runs, "interleaved run"),
-            counted(first.threads, "thread"),
-            f"kernel: {kernel_name()}; median (slowest - fastest)",
-        ]
-        rows: list[tuple[str, ...]] = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB")]
-        for speed in self:
-            low, high = speed.tokens_per_second_range
-            early, late = (1000 * value for value in speed.first_token_range)
-            rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
-            latency = f"{1000 * speed.first_token:.0f} ({late:.0f} - {early:.0f})"
-            memory, file = f"{speed.peak_memory / 2**20:.0f}", f"{speed.file_size / 2**20:.1f}"
-            rows.append((speed.variant, rate, latency, memory, file))
-        table = align_columns(rows, right=tuple(range(1, len(rows[0]))))
-        return f"{', '.join(parts)}\n{table}\n\n{sentence(self)}\n{QUANTISE_FIRST}"

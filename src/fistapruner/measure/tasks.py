@@ -75,78 +75,61 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     return Tasks(names, manager, "lm-eval" if tasks_dir is None else tasks_dir.name)
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """How models are run on tasks; ``limit`` takes only the first items of each task."""
-
-    limit: int | None = None
-    device: torch.device = CPU
-    dtype: torch.dtype | None = None
-    batch_size: int | None = None
-    trust_remote_code: bool = False
-
-
 def evaluate_tasks(
-    folder: Path,
+    folders: Sequence[Path],
     tasks: Tasks,
-    settings: TaskSettings = TaskSettings(),
     *,
-    against: Path | None = None,
+    limit: int | None = None,
+    device: torch.device = CPU,
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
     tick: Tick = silent,
 ) -> tuple[TaskResult, ...]:
-    """Score the model in ``folder`` on zero-shot tasks, and that in ``against`` on the same items.
+    """Score a model on zero-shot tasks, alone or beside the dense one on the same items.
 
-    ``tick`` is called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
+    Args:
+        folders: of the model, and perhaps of the dense one.
+        tasks: of :func:`find_tasks`.
+        limit: take only the first items of each task.
+        device, dtype, batch_size, trust_remote_code: how the models are run.
+        tick: called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask.
     """
-    models = [folder] if against is None else [folder, against]
-    found = []
-    for done, path in enumerate(models):
-        tick(f"zero-shot tasks of {shown_name(path)}", done, len(models))
-        found.append(_run(path, tasks, settings))
-    tick("zero-shot tasks", len(models), len(models))
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    found: list[dict[str, Any]] = []
+    for done, folder in enumerate(folders):
+        tick(f"zero-shot tasks of {shown_name(folder)}", done, len(folders))
+        model = load_whole(folder, device, dtype, trust_remote_code=trust_remote_code)
+        runner = HFLM(
+            pretrained=model,
+            tokenizer=load_tokenizer(folder, trust_remote_code=trust_remote_code),
+            batch_size=batch_size or (4 if device.type == "cpu" else 16),
+            max_length=max_length(model),
+        )
+        asked = {"tasks": list(tasks.names), "limit": limit, "task_manager": tasks.manager}
+        with _failures_explained(f"evaluate the tasks on {folder}"):
+            found.append(simple_evaluate(runner, **asked, bootstrap_iters=0, log_samples=True) or {})
+    tick("zero-shot tasks", len(folders), len(folders))
     scores = [_scores(each["samples"]) for each in found]
     return tuple(
         task_result(
             task,
             metric,
             items,
-            scores[1][task, metric] if against is not None else None,
+            scores[1][task, metric] if scores[1:] else None,
             shots=int(found[0]["n-shot"].get(task) or 0),
             source=tasks.source,
             available=int(found[0]["n-samples"][task]["original"]),
-            dtype=None if settings.dtype is None else dtype_name(settings.dtype),
+            dtype=None if dtype is None else dtype_name(dtype),
             items_sha256=_items_sha256(found[0]["samples"][task]),
         )
         for (task, metric), items in scores[0].items()
     )
-
-
-def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
-    """Run one model on tasks; returns what ``lm-eval`` does."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    trust = settings.trust_remote_code
-    model = load_whole(folder, settings.device, settings.dtype, trust_remote_code=trust)
-    runner = HFLM(
-        pretrained=model,
-        tokenizer=load_tokenizer(folder, trust_remote_code=trust),
-        batch_size=settings.batch_size or (4 if settings.device.type == "cpu" else 16),
-        max_length=max_length(model),
-    )
-    with _failures_explained(f"evaluate the tasks on {folder}"):
-        found = simple_evaluate(
-            runner,
-            tasks=list(tasks.names),
-            limit=settings.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=tasks.manager,
-        )
-    return dict(found or {})
 
 
 @contextmanager

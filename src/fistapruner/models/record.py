@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..errors import FistaPrunerError
 from .checkpoint import ADAPTER_CONFIG, PRUNING_RECORD, Checkpoint, Stack, read_json_in
-from .safetensors import TensorEntry
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 """Files of a PEFT adapter."""
@@ -91,12 +90,6 @@ def recorded_claims(record: Mapping[str, Any], entries: Container[str]) -> tuple
         else:
             lost.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
     return claims, lost
-
-
-def stores_inputs_first(claims: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]) -> bool:
-    """Check whether operators are stored as (inputs, outputs), as GPT-2's are, by their recorded shapes."""
-    shapes = [(claim.get("shape"), list(entries[name].shape)) for name, claim in claims.items()]
-    return any(said == stored[::-1] and said != stored for said, stored in shapes)
 
 
 def violation_of(weight: Tensor, zeros: int, claim: Mapping[str, Any]) -> str | None:

@@ -1,89 +1,72 @@
-"""Define what pruning a decoder layer takes: settings of the run, hidden states, measures, events."""
+"""What pruning works on: the opened run, the hidden states of a layer, and what is made of it.
+
+The process that starts a run decides everything once (:func:`fistapruner.pruning.run.prune`) and records it. Then it,
+its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.
+"""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from ..core import Constraint, LayerProblem
+from ..core import Constraint
+from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
-from ..models.operators import Group, Layout
-from ..passes.store import HiddenStates, Store
-from ..passes.stream import Calls
-from ..runs.records import OperatorEntry, RemovalEntry
+from ..models.low_rank import A, sum_of_parts
+from ..models.operators import Group, Layout, discover
+from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..passes.store import CPU, HiddenStates, Store, scratch_factory
+from ..passes.stream import Calls, embed, run_layer
+from ..runs.directory import PruneDirectory
+from ..runs.records import LayerEntry
+from ..runs.settled import Numerics, fingerprint
+from ..runtime.devices import choose_device, release_failed_memory
+from ..runtime.numerics import DTYPES
+from ..runtime.show import counted
 from ..settings.prune import Recipe
-from ..structure.smaller import Widths
+from ..settings.train import TrainingRecipe
+from ..structure.experts import fewer_experts
+from ..structure.smaller import Widths, resized
 from ..structure.units import Unit
 
+log = logging.getLogger("fistapruner")
 
-def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint], *, cut: bool) -> list[int]:
-    """Return the numbers of the groups that are solved.
+T = TypeVar("T")
 
-    Args:
-        layout: the operators to prune, in the shapes that they are to have.
-        index: number of the decoder layer.
-        sparsity: pattern of every operator, by full name.
-        cut: the run removes channels or experts: groups without zeros are then left alone.
-    """
-    return [
-        number
-        for number, group in enumerate(layout.layers[index])
-        if not cut
-        or any(sparsity[layout.full_name(index, operator)].zeros(operator.rows, operator.columns) for operator in group)
-    ]
+NO_CALLS = Calls(0, {})
+"""The calls of decoder layers before they are recorded."""
 
 
-def narrowed_groups(layout: Layout, index: int, units: Sequence[Unit]) -> Counter[int]:
-    """Count for each group how many units take outputs from it.
-
-    Args:
-        layout: the operators to prune.
-        index: number of the decoder layer.
-        units: whose channels are removed from it.
-    """
-    groups = [{operator.name for operator in group} for group in layout.layers[index]]
-    return Counter(
-        number for unit in units for number, names in enumerate(groups) if not names.isdisjoint(unit.producers)
-    )
-
-
-def fitted_groups(layout: Layout, index: int, units: Sequence[Unit], recipe: Recipe) -> Counter[int]:
-    """Count for each group how many units fit it to the dense outputs before they lose channels (goa).
-
-    Args:
-        layout: the operators to prune.
-        index: number of the decoder layer.
-        units: whose channels are removed from it.
-        recipe: settings.
-    """
-    return narrowed_groups(layout, index, units) if recipe.structure.method == "goa" else Counter()
-
-
-@dataclass(frozen=True)
+@dataclass
 class LayerContext:
     """Settings and model of a run: the same for all its decoder layers.
 
     Args:
         model: the dense model.
         layout: the operators to prune, in the shapes that they are to have.
-        recipe: settings.
+        recipe: all settings, resolved.
         sparsity: pattern of every operator, by full name.
+        widths: whose channels and experts are removed, and how many stay; None where all of them do.
         calls: arguments of the decoder layers.
         scratch: makes a temporary store from its name and shape.
-        widths: whose channels and experts are removed, and how many stay; None where all of them do.
     """
 
     model: LayerwiseModel
     layout: Layout
     recipe: Recipe
     sparsity: Mapping[str, Constraint]
-    calls: Calls
-    scratch: Store
     widths: Widths | None = None
+    calls: Calls = NO_CALLS
+    scratch: Store = field(kw_only=True)
 
     def units(self, index: int) -> tuple[Unit, ...]:
         """Return the channels of decoder layer ``index`` that are removed."""
@@ -93,13 +76,33 @@ class LayerContext:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return () if self.widths is None else self.widths.mixtures(index)
 
-    def solved(self, index: int) -> list[int]:
-        """Return the numbers of the groups that are solved: all, or where structure goes those that get zeros."""
-        return solved_groups(self.layout, index, self.sparsity, cut=self.widths is not None)
-
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""
         return [self.layout.full_name(index, operator) for operator in group]
+
+    def solved(self, index: int) -> list[int]:
+        """Return the numbers of the groups that are solved: all, or where structure goes those that get zeros."""
+        layout, sparsity = self.layout, self.sparsity
+        return [
+            number
+            for number, group in enumerate(layout.layers[index])
+            if self.widths is None
+            or any(sparsity[layout.full_name(index, each)].zeros(each.rows, each.columns) for each in group)
+        ]
+
+    def narrowed(self, index: int) -> Counter[int]:
+        """Count for each group of decoder layer ``index`` how many units take outputs from it."""
+        groups = [{operator.name for operator in group} for group in self.layout.layers[index]]
+        return Counter(
+            number
+            for unit in self.units(index)
+            for number, names in enumerate(groups)
+            if not names.isdisjoint(unit.producers)
+        )
+
+    def fitted(self, index: int) -> Counter[int]:
+        """Count for each group how many units fit it to the dense outputs before they lose channels (goa)."""
+        return self.narrowed(index) if self.recipe.structure.method == "goa" else Counter()
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ class LayerStreams:
     """
 
     dense: HiddenStates | None
-    pruned: HiddenStates | None
-    dense_out: HiddenStates | None
-    pruned_out: HiddenStates | None
+    pruned: HiddenStates | None = None
+    dense_out: HiddenStates | None = None
+    pruned_out: HiddenStates | None = None
 
     @property
     def seen(self) -> HiddenStates:
@@ -147,40 +150,236 @@ NO_MEASURES = LayerMeasures()
 """Measures of a recipe that needs none."""
 
 
-@dataclass(frozen=True)
-class LayerEvents:
-    """Functions that are called while a decoder layer is pruned.
-
-    Args:
-        operators: receives (operator names, worst relative error, or None when their work begins).
-        problem: receives (number of the group, its problem) before it is solved.
-    """
-
-    operators: Callable[[str, float | None], None] = lambda names, error: None
-    problem: Callable[[int, LayerProblem], None] = lambda number, problem: None
-
-
-NO_EVENTS = LayerEvents()
-"""Events that nothing receives."""
-
-
 @dataclass
-class LayerRecord:
+class LayerResult:
     """What is gathered of a decoder layer while it is pruned.
 
-    Attributes:
+    Args:
+        entry: its part of the report.
         weights: pruned tensors by checkpoint name, in the checkpoint's orientation, rounded as it will hold them.
-        operators: for the report, in execution order; ``removals``: what was removed.
-        warnings: sentences.
         rows: kept rows of the operators that lost some, by name inside the layer.
         parts: sparse and low-rank parts of the operators whose sum the layer holds, by name in checkpoint and journal.
-        extra: more for the report, by its key there.
     """
 
+    entry: LayerEntry
     weights: dict[str, Tensor] = field(default_factory=dict)
-    operators: list[OperatorEntry] = field(default_factory=list)
-    removals: list[RemovalEntry] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     rows: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunContext(LayerContext):
+    """An opened pruning run.
+
+    Where the GPU's memory runs out, this process goes on with fewer windows at a time; the fingerprint stays.
+
+    Args:
+        run: its directory.
+        fingerprint: identity of the run.
+        tokens: (samples, seqlen) calibration tokens.
+        numerics: what decides the last bits.
+        on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory.
+        permissions: what the model's files may do, as the command that opened the run says.
+        warnings: sentences on memory that ran out, for the report of the layer at work.
+    """
+
+    run: PruneDirectory
+    fingerprint: str
+    tokens: Tensor
+    numerics: Numerics
+    on_disk: bool
+    on_device: bool
+    permissions: Permissions
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        device: torch.device | None = None,
+        permissions: Permissions = UNTRUSTED,
+        model: Path | None = None,
+        opened: LayerwiseModel | None = None,
+    ) -> RunContext:
+        """Open a run that has been prepared.
+
+        Args:
+            folder: the run directory.
+            device: where to compute; None is the recipe's device.
+            permissions: what the model's files may do.
+            model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
+            opened: the dense model, where this process has opened it before.
+
+        Raises:
+            FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
+        """
+        run = PruneDirectory(folder)
+        record = run.begun_record()
+        decision = record.decision
+        recipe = Recipe.build(record.recipe, str(run.run_file))
+        if opened is None:
+            opened = open_model(permissions.at(model or decision.folder), recipe, device, dtype=decision.numerics.dtype)
+        if decision.metrics_sha256:
+            opened.checkpoint.orders = run.orders()
+        tokens = run.tokens()
+        if record.fingerprint != fingerprint(recipe, opened.checkpoint, tokens, decision.numerics):
+            raise FistaPrunerError(
+                f"{folder}: the model or the calibration tokens are not those the run began with; name another --out"
+            )
+        layout, widths = discover(opened).select(recipe), None
+        if decision.structure is not None:
+            widths = Widths.read(decision.structure)
+            layout = resized(layout, widths)
+        on_device = decision.on_device and opened.device.type == "cuda"
+        return cls(
+            model=opened,
+            layout=layout,
+            recipe=recipe,
+            sparsity=decision.sparsity,
+            widths=widths,
+            scratch=_scratch(run, opened, decision.on_disk, on_device),
+            run=run,
+            fingerprint=record.fingerprint,
+            tokens=tokens,
+            numerics=decision.numerics,
+            on_disk=decision.on_disk,
+            on_device=on_device,
+            permissions=permissions,
+        )
+
+    @property
+    def hidden(self) -> Path:
+        """Folder of the hidden states that this process keeps on disk."""
+        return self.run.hidden
+
+    def clear_hidden(self) -> None:
+        """Remove the hidden states that this process, or a killed one before it, has written."""
+        shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def store(self, name: str, *, samples: int | None = None, on_disk: bool = False) -> HiddenStates:
+        """Make a store for hidden states between decoder layers.
+
+        Args:
+            name: of its file.
+            samples: how many windows; None is all.
+            on_disk: keep it in a file, whatever the run has decided.
+        """
+        shape = (len(self.tokens) if samples is None else samples, self.tokens.shape[1], self.model.width)
+        if on_disk:
+            return HiddenStates(shape, self.model.dtype, self.hidden / name)
+        with suppress(torch.OutOfMemoryError):
+            return self.scratch(name, shape)
+        return HiddenStates(shape, self.model.dtype)
+
+    def embed(self, name: str, *, on_disk: bool = False) -> HiddenStates:
+        """Return the input of the first decoder layer for all windows; record how layers are called.
+
+        Arguments as for :meth:`store`.
+        """
+        hidden = self.store(name, on_disk=on_disk)
+
+        def work() -> None:
+            self.calls = embed(self.model, self.tokens, self.numerics.batch_size, hidden)
+
+        self.fitting("embeddings", work, LayerStreams(hidden))
+        return hidden
+
+    def record_calls(self) -> None:
+        """Record the arguments that decoder layers are called with, unless they are known."""
+        if not self.calls.by_size:
+            with self.model.embeddings_and_head(head=False):
+                samples, seqlen = self.tokens.shape
+                self.calls = Calls.of(self.model, samples, seqlen, self.numerics.batch_size)
+
+    def advance(self, index: int, streams: LayerStreams) -> None:
+        """Pass the hidden states through an already pruned decoder layer ``index``."""
+        self.fitting(f"layer {index}", lambda: self._advance(index, streams), streams)
+
+    def _advance(self, index: int, streams: LayerStreams) -> None:
+        """Do what :meth:`advance` does, once."""
+        self.record_calls()
+        if streams.dense is not None and streams.dense_out is not None:
+            with self.model.layer(index):
+                run_layer(self.model, index, streams.dense, self.calls, output=streams.dense_out)
+        if streams.pruned_out is not None:
+            with ExitStack() as loaded:
+                layer = loaded.enter_context(self.model.layer(index, self._journaled(index)))
+                for unit in self.mixtures(index):
+                    loaded.enter_context(fewer_experts(layer, unit))
+                run_layer(self.model, index, streams.seen, self.calls, output=streams.pruned_out)
+
+    def _journaled(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a pruned decoder layer, low-rank parts added to their operators."""
+        saved = self.run.journal.weights(index)
+        tensors = {name: saved.read(name) for name in saved.entries}
+        for operator in self.layout.in_layer(index):
+            name = self.layout.full_name(index, operator)
+            if name + A in tensors:
+                source = self.model.source(f"{name}.weight")
+                tensors[source] = sum_of_parts(tensors[source], tensors, name, transposed=operator.transposed)
+        return tensors
+
+    def fitting(self, what: str, work: Callable[[], T], streams: LayerStreams) -> T:
+        """Work; where the GPU's memory runs out, work again with less.
+
+        Hidden states are then in main memory, and the batch size is halved. It divides the one before, so that batches
+        end at the same windows.
+
+        Args:
+            what: names the work, in messages.
+            work: may be done again from its beginning.
+            streams: hidden states in and out.
+
+        Raises:
+            FistaPrunerError: memory runs out with one window at a time.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                before = min(self.numerics.batch_size, len(self.tokens))
+                if before == 1 and not self.on_device:
+                    raise FistaPrunerError(
+                        f"{what}: the memory of {self.model.device} ran out, even with one window at a time: free "
+                        "some of it and resume, or give the same prune command again with --device cpu; or begin "
+                        "another run with a shorter --seqlen or a lighter --method"
+                    ) from None
+            release_failed_memory()
+            for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
+                if store is not None:
+                    store.to_main_memory()
+            fewer = before // next((divisor for divisor in range(2, before + 1) if before % divisor == 0), 1)
+            self.numerics = self.numerics.model_copy(update={"batch_size": fewer})
+            self.calls, self.on_device = NO_CALLS, False
+            self.scratch = _scratch(self.run, self.model, self.on_disk, False)
+            warning = f"{what}: the memory of {self.model.device} ran out; it goes on with {counted(fewer, 'window')}"
+            self.warnings.append(f"{warning} at a time instead of {before}")
+            log.warning("%s", self.warnings[-1])
+
+
+def _scratch(run: PruneDirectory, model: LayerwiseModel, on_disk: bool, on_device: bool) -> Store:
+    """Return what makes the temporary stores of a run."""
+    return scratch_factory(run.hidden if on_disk else None, model.dtype, model.device if on_device else CPU)
+
+
+def open_model(
+    source: ModelSource,
+    recipe: Recipe | TrainingRecipe,
+    device: torch.device | None = None,
+    *,
+    dtype: str | None = None,
+) -> LayerwiseModel:
+    """Open a model as a recipe wants it run.
+
+    Args:
+        source: its folder.
+        recipe: names device and precision.
+        device: where to compute; None is the recipe's device.
+        dtype: precision of forward passes that the run has decided on; None is the recipe's.
+    """
+    return LayerwiseModel(
+        source.checkpoint(),
+        device or choose_device(recipe.execution.device),
+        DTYPES.get(dtype or recipe.dtype),
+        trust_remote_code=source.trust_remote_code,
+    )

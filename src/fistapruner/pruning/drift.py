@@ -12,7 +12,7 @@ so the drift of a token is cut to a length that is typical of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,7 @@ from ..core.sums import DriftFrom, cheapest_drift
 from ..models.operators import Group, Layout, Operator
 from ..passes.store import HiddenStates
 from ..settings.prune import Recipe
-from ..structure.units import Unit
-from .context import LayerContext, LayerStreams, fitted_groups, narrowed_groups
+from .context import LayerContext, LayerStreams
 
 DRIFT_NOISE = 1 / 128
 """Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/results.md)."""
@@ -48,29 +47,25 @@ def dense_windows(
     return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
-def drift_sources(
-    recipe: Recipe, layout: Layout, index: int, units: Sequence[Unit], *, same: bool, solved: Collection[int]
-) -> dict[int, DriftFrom]:
+def drift_sources(context: LayerContext, index: int, *, same: bool) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where shared or where outputs go, else the cheaper.
 
     Args:
-        recipe: settings.
-        layout: the operators to prune; ``index``: number of the decoder layer.
-        units: whose channels are removed from it.
+        context: operators, what is removed, settings.
+        index: number of the decoder layer.
         same: the layer's input is the dense model's.
-        solved: numbers of the groups that are solved.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
         are not among them: the dense model routes other tokens to an expert. Of a group that loses input channels it
         is the outputs, since its inputs are others afterwards.
     """
-    groups = layout.layers[index]
+    recipe, layout, groups = context.recipe, context.layout, context.layout.layers[index]
     if not recipe.dense_share:
         return {}
-    consumers = {unit.name for unit in units}
+    consumers, solved = {unit.name for unit in context.units(index)}, context.solved(index)
     cut = [number for number, (first, *_) in enumerate(groups) if first.name in consumers and not first.experts]
-    narrowed, fitted = narrowed_groups(layout, index, units), fitted_groups(layout, index, units, recipe)
+    narrowed, fitted = context.narrowed(index), context.fitted(index)
 
     def source(number: int) -> DriftFrom:
         operator, *others = groups[number]
@@ -122,9 +117,7 @@ class Drift:
         if (dense := streams.dense) is None:
             return
         same = streams.pruned is None
-        self.sources = drift_sources(
-            recipe, layout, index, context.units(index), same=same, solved=context.solved(index)
-        )
+        self.sources = drift_sources(context, index, same=same)
         self.outputs = [(number, groups[number][0]) for number, source in self.sources.items() if source == "outputs"]
         for number, operator in self.outputs:
             if (bias := self._layer.get_submodule(operator.name).bias) is not None:

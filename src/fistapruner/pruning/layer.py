@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,8 @@ from ..core.problem import unweighted
 from ..errors import FistaPrunerError
 from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group, Operator
-from ..runs.records import LayerEntry, OperatorEntry, RemovalEntry
+from ..runs.log import Listener
+from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Clock
@@ -23,9 +24,12 @@ from ..solvers.base import Method, Solution, solve
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
-from .context import NO_EVENTS, NO_MEASURES, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
+from .context import NO_MEASURES, LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .passes import LayerPasses
 from .removal import remove_channels_of, remove_experts
+
+Inspect = Callable[[int, int, LayerProblem], None]
+"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
 
 ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
 """What a layer's relative error is relative to, as the report says it."""
@@ -35,25 +39,13 @@ SHRUNK = ", so their Grams are shrunk towards the diagonal"
 NONE = "no token was routed to them, so they are pruned by magnitude"
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """A pruned decoder layer.
-
-    Args:
-        weights: pruned tensors by checkpoint name, in the checkpoint's orientation, rounded as it will hold them.
-        entry: its part of the report.
-    """
-
-    weights: dict[str, Tensor]
-    entry: LayerEntry
-
-
 def prune_layer(
     context: LayerContext,
     index: int,
     streams: LayerStreams,
     measures: LayerMeasures = NO_MEASURES,
-    events: LayerEvents = NO_EVENTS,
+    listener: Listener | None = None,
+    inspect: Inspect | None = None,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
 
@@ -66,18 +58,20 @@ def prune_layer(
         index: number of the layer.
         streams: hidden states in and out.
         measures: what was measured on the dense model for this layer.
-        events: functions that are called on the way.
+        listener: receives the beginning and the end of every group.
+        inspect: receives every problem before it is solved.
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
     model, clock = context.model, Clock(context.model.device)
+    result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))
     with ExitStack() as loaded:
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
         passes.begin()
-        pruning = _Pruning(passes, measures, events)
+        pruning = _Pruning(passes, measures, listener or Listener(), inspect, result)
         for number in range(len(passes.groups)):
             pruning.remove_before(number, loaded)
             if number in passes.solved:
@@ -85,58 +79,54 @@ def prune_layer(
             passes.pruned(number)
         pruning.reconstruct()
         error = passes.output_pass()
-    name, record = f"{context.layout.layers_name}.{index}", pruning.record
-    mixtures = dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
-    record.warnings += _routing_warnings(name, record.operators, record.removals, filter(None, mixtures))
-    entry = LayerEntry(
-        index=index,
-        name=name,
-        seconds=clock.seconds,
-        relative_error=error,
-        relative_error_of=None if error is None else ERROR_OF,
-        operators=record.operators,
-        removals=record.removals,
-        device=str(model.device),
-        warnings=record.warnings,
-        **record.extra,
-    )
-    return LayerResult(record.weights, entry)
+    entry, mixtures = result.entry, dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
+    entry.warnings += _routing_warnings(entry, filter(None, mixtures))
+    entry.seconds, entry.device = clock.seconds, str(model.device)
+    entry.relative_error, entry.relative_error_of = error, None if error is None else ERROR_OF
+    return result
 
 
+@dataclass
 class _Pruning:
-    """Pruning of the loaded decoder layer of ``passes``; the record gathers what is done."""
+    """Pruning of the loaded decoder layer of ``passes``; the result gathers what is done."""
 
-    def __init__(self, passes: LayerPasses, measures: LayerMeasures, events: LayerEvents) -> None:
-        self.passes, self.measures, self.events, self.record = passes, measures, events, LayerRecord()
-        self.context, self.index, self.clock = passes.context, passes.index, passes.clock
-        self.model, self.layer = passes.context.model, passes.layer
+    passes: LayerPasses
+    measures: LayerMeasures
+    listener: Listener
+    inspect: Inspect | None
+    result: LayerResult
+
+    def __post_init__(self) -> None:
+        self.context, self.index, self.clock = self.passes.context, self.passes.index, self.passes.clock
+        self.model, self.layer = self.context.model, self.passes.layer
 
     def remove_before(self, number: int, loaded: ExitStack) -> None:
         """Remove the experts and channels that go before group ``number`` is pruned."""
         for mixture in self.passes.mixtures_before(number):
-            remove_experts(self.passes, mixture, self.record, loaded)
+            remove_experts(self.passes, mixture, self.result, loaded)
             release_memory()
         for consumer in self.passes.cut_before(number):
             (operator,) = self.passes.groups[consumer]
             name = _short_names([operator])
-            self.events.operators(name, None)
-            self.events.operators(name, remove_channels_of(self.passes, consumer, self.measures, self.record))
+            self.listener.operators(self.index, name, None)
+            error = remove_channels_of(self.passes, consumer, self.measures, self.result)
+            self.listener.operators(self.index, name, error)
             release_memory()
 
     def prune_group(self, number: int) -> None:
-        """Solve group ``number`` operator by operator, and write the solutions into the layer and the record."""
+        """Solve group ``number`` operator by operator, and write the solutions into the layer and the result."""
         group = self.passes.groups[number]
         names = _short_names(group)
-        self.events.operators(names, None)
+        self.listener.operators(self.index, names, None)
         worst = self._solve_group(number, group, self.passes.sums_of(number))
         release_memory()
         for operator, name in zip(group, self.context.names(self.index, group), strict=True):
             # Of operators without zeros the checkpoint may have more bits than the layer.
             if self.context.sparsity[name].zeros(operator.rows, operator.columns):
                 stored = self.model.source(f"{name}.weight")
-                self.record.weights[stored] = self._stored(stored, operator)
-        self.record.weights |= self.record.parts
-        self.events.operators(names, worst)
+                self.result.weights[stored] = self._stored(stored, operator)
+        self.result.weights |= self.result.parts
+        self.listener.operators(self.index, names, worst)
 
     def _solve_group(self, number: int, group: Group, sums: ProblemSums) -> float:
         """Solve a group, write the solutions, return the worst error.
@@ -151,7 +141,8 @@ class _Pruning:
         for operator, name in zip(group, names, strict=True):
             problem = whole.slice(slice(start, start + operator.rows), name)
             start += operator.rows
-            self.events.problem(number, problem)
+            if self.inspect is not None:
+                self.inspect(self.index, number, problem)
             pattern, importance = self.context.sparsity[name], self._importance(operator, name)
             with self.clock.phase("solve"):
                 steps = parse_method("magnitude") if tokens == 0 else recipe.steps
@@ -174,8 +165,8 @@ class _Pruning:
                     tokens=tokens,
                     low_rank=None if low_rank is None else len(low_rank.a),
                 )
-            self.record.operators.append(entry)
-            self.record.warnings += solution.warnings
+            self.result.entry.operators.append(entry)
+            self.result.entry.warnings += solution.warnings
             worst = max(worst, error)
         return worst
 
@@ -184,7 +175,7 @@ class _Pruning:
         if self.measures.importance is None:
             return None
         rows = self.measures.importance[name]
-        rows = rows[self.record.rows[operator.name]] if operator.name in self.record.rows else rows
+        rows = rows[self.result.rows[operator.name]] if operator.name in self.result.rows else rows
         return rows.to(self.model.device)
 
     def _stored(self, source: str, operator: Operator) -> Tensor:
@@ -194,7 +185,7 @@ class _Pruning:
     def _write(self, operator: Operator, name: str, weight: Tensor, low_rank: LowRank | None) -> tuple[Tensor, bool]:
         """Write a solution into the layer and back into itself, rounded as the checkpoint will hold it.
 
-        Where there is a low-rank part, the record receives both parts as they are stored.
+        Where there is a low-rank part, the result receives both parts as they are stored.
 
         Args:
             operator: which is written.
@@ -224,7 +215,7 @@ class _Pruning:
             return weight, unrounded
         balanced = low_rank.balanced()
         factors = {name + A: self.model.result(source, balanced.a), name + B: self.model.result(source, balanced.b)}
-        self.record.parts |= {source: self._stored(source, operator), **factors}
+        self.result.parts |= {source: self._stored(source, operator), **factors}
         total = sum_of_parts(target, factors, name, transposed=False)
         target.copy_(total)
         return total.to(target.device), False
@@ -237,11 +228,11 @@ class _Pruning:
         settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, self.measures.metric)
         seen, calls = self.passes.streams.seen, self.context.calls
         with self.clock.phase("reconstruct"):
-            result = reconstruct_layer(
-                self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.record.parts
+            weights, record = reconstruct_layer(
+                self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.result.parts
             )
-        self.record.weights |= result.weights
-        self.record.extra["reconstruct"] = result.record
+        self.result.weights |= weights
+        self.result.entry.reconstruct = record  # type: ignore[attr-defined]
 
 
 def _short_names(group: Sequence[Operator]) -> str:
@@ -279,9 +270,10 @@ def _solve(
     Weights that stay have the same bits.
     """
     weighted = problem if importance is None else problem.weighted(importance)
-    solution, low_rank = (
-        solve_low_rank(weighted, pattern, steps, rank) if rank else (solve(weighted, pattern, steps), None)
-    )
+    if rank:
+        solution, low_rank = solve_low_rank(weighted, pattern, steps, rank)
+    else:
+        solution, low_rank = solve(weighted, pattern, list(steps)), None
     if importance is None:
         return solution, low_rank
     stay = solution.mask & (solution.weight == weighted.weight)
@@ -291,22 +283,13 @@ def _solve(
     return solution, low_rank
 
 
-def _routing_warnings(
-    layer: str, operators: Sequence[OperatorEntry], removals: Sequence[RemovalEntry], mixtures: Iterable[str]
-) -> list[str]:
-    """Name the experts of a layer that few calibration tokens, or none, were routed to.
-
-    Args:
-        layer: name of the decoder layer.
-        operators: the report's entries of its operators.
-        removals: of what was removed.
-        mixtures: names of its modules of experts.
-    """
+def _routing_warnings(entry: LayerEntry, mixtures: Iterable[str]) -> list[str]:
+    """Name the experts of a layer that few calibration tokens, or none, were routed to."""
     warnings = []
-    solved = any(entry.tokens and entry.sparsity != "0%" for entry in operators)
-    fits = solved or any(entry.tokens and entry.shrink for entry in removals)  # flap alone, for one, does not
-    read = [(entry.name, entry.tokens, entry.shape[1]) for entry in operators]
-    read += [(entry.consumer, entry.tokens, entry.before) for entry in removals]
+    solved = any(each.tokens and each.sparsity != "0%" for each in entry.operators)
+    fits = solved or any(each.tokens and each.shrink for each in entry.removals)  # flap alone, for one, does not
+    read = [(each.name, each.tokens, each.shape[1]) for each in entry.operators]
+    read += [(each.consumer, each.tokens, each.before) for each in entry.removals]
     for mixture in mixtures:
         tokens: dict[str, int] = {}
         inputs: dict[str, int] = {}
@@ -317,7 +300,7 @@ def _routing_warnings(
         none = [expert for expert, count in tokens.items() if not count]
         few = [f"{expert} ({count} tokens)" for expert, count in tokens.items() if 0 < count < inputs[expert]]
         warnings += [
-            f"{layer}.{mixture}: experts {', '.join(found)}: {said}"
+            f"{entry.name}.{mixture}: experts {', '.join(found)}: {said}"
             for found, said in ((none, NONE), (few, FEW + SHRUNK if fits else FEW))
             if found
         ]

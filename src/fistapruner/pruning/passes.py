@@ -26,7 +26,7 @@ from ..passes.stream import Around, Watched, run_layer
 from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit
-from .context import LayerContext, LayerStreams, fitted_groups
+from .context import LayerContext, LayerStreams
 from .drift import Drift
 
 
@@ -52,7 +52,7 @@ class LayerPasses:
         self._corrects = recipe.error_correction
         # By number of the group that loses inputs, the number of the group before which its channels are removed.
         self._cut = {numbers[name]: min(found) if self._corrects else 0 for name, found in touched.items()}
-        self._fits_left = fitted_groups(context.layout, index, units, recipe)
+        self._fits_left = context.fitted(index)
         self._drift = Drift(context, index, streams)
         self._cached: CachedOutputs | None = None
         if self._corrects:

@@ -23,37 +23,36 @@ from ..structure.choose import best_channels
 from ..structure.experts import fewer_experts, kept_experts, reap_scores
 from ..structure.refit import ChannelStatistics, Removal, removal_error, remove_channels
 from ..structure.units import EXPERTS, Unit
-from .context import LayerContext, LayerMeasures, LayerRecord
+from .context import LayerContext, LayerMeasures, LayerResult
 from .passes import LayerPasses
 
 
-def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, record: LayerRecord) -> float:
+def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, result: LayerResult) -> float:
     """Remove inputs of group ``number`` and the outputs it reads; return its relative error.
 
     Args:
         passes: passes through the layer, which is loaded.
         number: of the group.
         measures: what was measured on the dense model for this layer.
-        record: receives the new tensors and the report's entries, also of the operator if it gets no zeros afterwards.
+        result: receives the new tensors and the report's entries, also of the operator if it gets no zeros afterwards.
     """
     context, settings = passes.context, passes.context.recipe.structure
     unit = next(unit for unit in context.units(passes.index) if unit.name == passes.groups[number][0].name)
     name = context.layout.full_name(passes.index, unit.name)
     importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
-    known, chosen = _choose(passes, number, unit, measures.scores.get(name), record)
+    known, chosen = _choose(passes, number, unit, measures.scores.get(name), result)
     with passes.clock.phase("structure"):
         biased = unit.biased(passes.layer)
         removal = remove_channels(
             known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
         )
         keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
-        bias = _cut(passes, unit, removal, keep, weight, record)
+        bias = _cut(passes, unit, removal, keep, weight, result)
         error = removal_error(known, places, weight, bias)
     unchanged = settings.compensation == "bias" and bias is None
-    record.removals.append(
+    result.entry.removals.append(
         RemovalEntry(
             unit=unit.kind,
-            producers=list(unit.producers),
             consumer=unit.name,
             before=unit.before,
             after=len(keep),
@@ -72,7 +71,7 @@ def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures
         steps: list[dict[str, Any]] = [{"method": settings.method, "relative_error": removal.dropped}]
         if settings.compensation == "refit":
             steps.append({"method": "refit", "relative_error": error})
-        record.operators.append(
+        result.entry.operators.append(
             OperatorEntry(
                 name=unit.name,
                 shape=(weight.shape[0], weight.shape[1]),
@@ -88,7 +87,7 @@ def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures
 
 
 def _choose(
-    passes: LayerPasses, number: int, unit: Unit, scores: Tensor | None, record: LayerRecord
+    passes: LayerPasses, number: int, unit: Unit, scores: Tensor | None, result: LayerResult
 ) -> tuple[ChannelStatistics, Tensor | None]:
     """Return what is known of channels, and those that stay where learned ``scores`` or goa choose them."""
     context = passes.context
@@ -103,7 +102,7 @@ def _choose(
         partial(passes.channels_of, number),
         passes.streams.seen,
     )
-    record.warnings += warnings
+    result.entry.warnings += warnings
     return known, chosen
 
 
@@ -125,7 +124,7 @@ def _ordered(
 
 
 def _cut(
-    passes: LayerPasses, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor, record: LayerRecord
+    passes: LayerPasses, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor, result: LayerResult
 ) -> Tensor | None:
     """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
@@ -137,7 +136,7 @@ def _cut(
         removal: which, and why.
         keep: (k,) kept channels in their new order.
         weight: (m, inputs of k channels) weights of the consumer; rounded on return.
-        record: receives the new tensors, the kept rows and the warnings.
+        result: receives the new tensors, the kept rows and the warnings.
 
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
@@ -161,23 +160,23 @@ def _cut(
     for name in dict.fromkeys((*tensors, *new)):
         source = model.source_of(passes.index, name)
         if name in new:
-            record.weights[source] = model.result(source, layer.get_parameter(name).detach())
+            result.weights[source] = model.result(source, layer.get_parameter(name).detach())
         else:
             dim, stay = tensors[name]
-            whole = record.weights[source] if source in record.weights else model.checkpoint.read(source)
-            record.weights[source] = whole.index_select(dim, stay)  # an expert's may be another one's, renumbered
-    record.rows |= unit.kept_rows(keep)
-    record.warnings += removal.warnings
+            whole = result.weights[source] if source in result.weights else model.checkpoint.read(source)
+            result.weights[source] = whole.index_select(dim, stay)  # an expert's may be another one's, renumbered
+    result.rows |= unit.kept_rows(keep)
+    result.entry.warnings += removal.warnings
     return added
 
 
-def remove_experts(passes: LayerPasses, unit: Unit, record: LayerRecord, loaded: ExitStack) -> None:
+def remove_experts(passes: LayerPasses, unit: Unit, result: LayerResult, loaded: ExitStack) -> None:
     """Remove experts of a loaded decoder layer, until ``loaded`` is left.
 
     Args:
         passes: passes through the layer.
         unit: the mixture, and how many of its experts stay.
-        record: receives the tensors that are others now, with all bits that the checkpoint has, and the report's entry.
+        result: receives the tensors that are others now, with all bits that the checkpoint has, and the report's entry.
         loaded: holds the layer.
     """
     model, layer = passes.context.model, passes.layer
@@ -192,12 +191,12 @@ def remove_experts(passes: LayerPasses, unit: Unit, record: LayerRecord, loaded:
     passes.rerouted(unit.name)
     with passes.clock.phase("io"):
         for name, (dim, places) in unit.tensors(keep).items():
-            record.weights[stored(name)] = checkpoint.read(stored(name)).index_select(dim, places)
+            result.weights[stored(name)] = checkpoint.read(stored(name)).index_select(dim, places)
         for place, number in enumerate(keep.tolist()):
             for name, _ in experts.get_submodule(str(place)).named_parameters() if place != number else ():
                 source, old = (stored(f"{unit.name}.{each}.{name}") for each in (place, number))
-                record.weights[source] = checkpoint.read(old).to(checkpoint.entry(source).dtype)
-    record.removals.append(
+                result.weights[source] = checkpoint.read(old).to(checkpoint.entry(source).dtype)
+    result.entry.removals.append(
         RemovalEntry(
             unit=EXPERTS,
             kept=keep.tolist(),

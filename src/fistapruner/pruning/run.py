@@ -16,17 +16,14 @@ from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
-from ..runs.directory import PruneDirectory, refuse_out
-from ..runs.lock import hold
-from ..runs.log import Listener, Logged, Times, log_file, spent
+from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
+from ..runs.log import Listener, Logged, Times, hold, log_file, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
-    execution_here,
     interrupted_with,
     refuse_another,
-    refuse_lost_text,
     refuse_other_model,
     refuse_other_settings,
     refuse_other_versions,
@@ -39,12 +36,12 @@ from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
 from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
-from .inputs import Request, check_sources, check_tokens, open_operators
-from .opened import RunContext
-from .result import refuse_foreign_files, reporting_failure
-from .settle import settle
-from .workers import Inspect, prune_layers
-from .write import write
+from ..training.run import ALIGN, RECOVER, resume_training
+from .context import RunContext
+from .layer import Inspect
+from .settle import Request, check_sources, open_operators, settle
+from .workers import prune_layers, require_ray
+from .write import refuse_foreign_files, reporting_failure, write
 
 
 @undisturbed()
@@ -94,14 +91,12 @@ def prune(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     model, out = path_text("model", model, A_MODEL), out_path(out)
-    check_tokens(tokens)
     evaluation = evaluation_on(evaluate, evaluate_windows)
     run = PruneDirectory(out)
     run.check_place()
     refuse_overlap(model, out)
     recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
     permissions = Permissions(allow_pickle, trust_remote_code)
-    request = Request(model, recipe, permissions, command, evaluation, tokens, source)
     told = listener or Listener()
     with (
         interrupted_with(lambda: _how_to_continue(run)),
@@ -115,7 +110,9 @@ def prune(
             check_sources(recipe)
             if evaluation is not None:
                 check_data(evaluation.data)
-        request = _resolved(request, settled)
+        source = source or _find(model, permissions, settled)
+        recipe = recipe.resolved(earlier=settled.recipe if settled else None, family=source.family)
+        request = Request(model, recipe, source, command, evaluation, tokens)
         report, fault = None, None
         if settled is not None:
             report, fault = run.finished_report(settled.fingerprint)
@@ -127,28 +124,49 @@ def prune(
                 report = _prune(run, request, settled, report, times, told, inspect)
         else:
             listener.say(f"{out} holds the finished run of this recipe")
-        return measure(run, report, evaluation, request.recipe.execution, permissions, listener)
+        return measure(run, report, evaluation, recipe.execution, permissions, listener)
 
 
-def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
-    """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
+def resume(
+    out: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
+
+    What the model's files may do is not recorded: it is said with every command.
 
     Args:
-        run: its directory.
-        permissions: what the model's files may do; it is not recorded but said with every command.
+        out: the run directory.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
+
+    Raises:
+        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
     """
-    settled = run.begun_record()
-    decision, recipe = settled.decision, Recipe.build(settled.recipe, str(run.run_file))
-    refuse_lost_text(decision.evaluation)
+    out = out_path(out)
+    permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
+    if (found := RunDirectory(out).record()) is None:
+        again = "give its command again, and if that is refused with a new --out"
+        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
+    if found.kind != "prune":
+        return resume_training(RECOVER if found.kind == "recover" else ALIGN, out, permissions, listener)
+    run = PruneDirectory(out)
+    record = run.begun_record()
+    recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation
+    if evaluation is not None:
+        check_data(evaluation.data)
     return prune(
-        decision.model,
-        run.folder,
-        recipe=recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)}),
+        record.decision.model,
+        out,
+        recipe=recipe,
         listener=listener,
-        command=settled.command,
-        evaluate=decision.evaluation.data if decision.evaluation else None,
-        evaluate_windows=decision.evaluation.windows if decision.evaluation else None,
+        command=record.command,
+        evaluate=evaluation.data if evaluation else None,
+        evaluate_windows=evaluation.windows if evaluation else None,
         **permissions.keywords(),
     )
 
@@ -177,19 +195,15 @@ def plan_pruning(
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
     opened = open_operators(source, recipe)
-    plan = make_plan(opened.model, opened.smaller, recipe, opened.sparsity, folder, opened.widths, timed=True)
+    plan = make_plan(opened.context, folder, timed=True)
     return replace(plan, notes=(*opened.notes, *plan.notes))
 
 
-def _resolved(request: Request, settled: PruneRecord | None) -> Request:
-    """Find the model, and resolve ``auto``; the choices of a run that goes on stay."""
-    decided = settled.decision if settled else None
-    # A name that is no path may lead to other files by now, such as a later commit on the hub.
-    if decided is not None and decided.model == request.model and not Path(request.model).exists():
-        request = replace(request, found=request.permissions.at(decided.folder))
-    request = replace(request, found=request.source)
-    recipe = request.recipe.resolved(earlier=settled.recipe if settled else None, family=request.source.family)
-    return replace(request, recipe=recipe)
+def _find(model: str, permissions: Permissions, settled: PruneRecord | None) -> ModelSource:
+    """Find the model; what a name of the hub leads to may have changed since the run began."""
+    if settled is not None and settled.decision.model == model and not Path(model).exists():
+        return permissions.at(settled.decision.folder)
+    return permissions.find(model)
 
 
 def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request, *, finished: bool) -> None:
@@ -228,9 +242,12 @@ def _prune(
 ) -> Report:
     """Settle the run, prune its missing layers, and write the checkpoint."""
     listener = Logged(told, times.note)
-    device = choose_device(request.recipe.execution.device)
+    execution, model = request.recipe.execution, None
+    device = choose_device(execution.device)
     reset_peak_memory(device)
-    fault, model = None if settled is None else run.fault(settled), None
+    if execution.executor == "ray":
+        require_ray(execution.address)
+    fault = None if settled is None else run.fault(settled)
     if settled is None or fault is not None:
         if fault is not None:
             listener.say(f"calibration and measurements are made again: {fault}")
@@ -239,40 +256,27 @@ def _prune(
         if before is not None and before.fingerprint != settled.fingerprint:
             times.forget()
     listener.tick("opening the run", 0, 1)
-    context = RunContext.open(run.folder, device, request.permissions, request.source.folder.absolute(), model)
+    context = RunContext.open(run.folder, device, request.source.permissions, request.source.folder.absolute(), model)
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
+        context.clear_hidden()  # a killed process may have left some
         if todo:
             refuse_other_versions(run, settled)
             run.remove_model()
-            _prune_layers(context, todo, settled, request.recipe, listener, inspect)
-        context.clear_hidden()  # a killed process may have left them
-        alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
+            began = settled.machine.device_name or context.numerics.device
+            if began != (here := device_title(context.model.device)):
+                listener.say(f"this run began on {began}; on {here} its last bits may differ")
+            with disk_errors(context.hidden):
+                context.hidden.mkdir(parents=True)
+            listener.begin(len(context.model), len(context.model) - len(todo))
+            try:
+                prune_layers(context, todo, execution, listener, inspect)
+            finally:
+                listener.end()
+                context.clear_hidden()
+        alone = len(todo) == len(context.model) and execution.executor == "serial"
         return write(context, times, listener, earlier, alone=alone)
-
-
-def _prune_layers(
-    context: RunContext,
-    todo: set[int],
-    settled: PruneRecord,
-    recipe: Recipe,
-    listener: Listener,
-    inspect: Inspect | None,
-) -> None:
-    """Prune the decoder layers ``todo`` and journal each."""
-    began = settled.machine.device_name or context.numerics.device
-    if began != (device := device_title(context.model.device)):
-        listener.say(f"this run began on {began}; on {device} its last bits may differ")
-    context.clear_hidden()
-    with disk_errors(context.hidden):
-        context.hidden.mkdir(parents=True)
-    listener.begin(len(context.model), len(context.model) - len(todo))
-    try:
-        prune_layers(context, todo, recipe.execution, listener, inspect)
-    finally:
-        listener.end()
-        context.clear_hidden()
 
 
 def _how_to_continue(run: PruneDirectory) -> str:

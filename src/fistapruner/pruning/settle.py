@@ -1,44 +1,312 @@
-"""Settle a pruning run: plan, calibration and measurements, all written to ``run.json``."""
+"""Settle a pruning run: check its input, plan, draw text, measure, and write ``run.json``."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..allocate.fisher import DensePasses
-from ..allocate.measure import Decision, decide, needs_measuring, permutes, windows_measured
+from ..allocate.measure import (
+    Decision,
+    check_allocation,
+    decide,
+    measured_by,
+    needs_measuring,
+    permutes,
+    windows_measured,
+)
+from ..core import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
+from ..measure.data import load_windows
+from ..measure.run import shared_text
+from ..models.experts import GROUPED_BYTES
 from ..models.layers import LayerwiseModel
+from ..models.operators import Layout, discover
+from ..models.record import read_pruning_record, recorded_claims, refuse_low_rank
+from ..models.source import ModelSource, Permissions
 from ..papers.bypass import SEQUENCES, Bypass
-from ..passes.store import scratch_factory
-from ..planning import Choice, make_plan
+from ..passes.store import Store, scratch_factory
+from ..passes.stream import check_model
+from ..planning import make_plan
 from ..runs.directory import PruneDirectory
 from ..runs.lineage import Dense, dense_behind, lineage_of
 from ..runs.log import Listener
 from ..runs.records import CalibrationFacts, Lineage, ModelFacts
-from ..runs.settled import Numerics, PruneDecision, PruneRecord, absolute, fingerprint, stamps, text_sha256
+from ..runs.settled import (
+    EvaluationRequest,
+    Numerics,
+    PruneDecision,
+    PruneRecord,
+    absolute,
+    fingerprint,
+    refuse_overlap,
+    stamps,
+    text_sha256,
+)
 from ..runtime.devices import cpu_threads, release_failed_memory
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
+from ..runtime.show import count, span
 from ..settings.base import Execution
+from ..settings.parse import matches
 from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe
+from ..solvers.low_rank import check_rank
+from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
+from ..structure.trial import plan_widths
+from ..structure.units import EXPERT, layer_weights
 from ..text import calibration_length, calibration_tokens
 from ..text.generate import load_writer
-from .inputs import Inputs, Request, check_inputs
+from ..text.sources import check_source
+from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Inputs as TrainingInputs
     from ..training.settle import Request as TrainingRequest
+    from ..training.settle import Settling
 
 T = TypeVar("T")
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks of a pruning run.
+
+    Args:
+        model: as the user named it; ``source``: its folder.
+        recipe: all settings, resolved.
+        command: shell line that reproduces the run; None where there is none.
+        evaluation: the text to evaluate on after the run.
+        drawn: calibration windows that were drawn before with the same settings, and how.
+    """
+
+    model: str
+    recipe: Recipe
+    source: ModelSource
+    command: str | None = None
+    evaluation: EvaluationRequest | None = None
+    drawn: tuple[Tensor, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened model and what a run does to its operators.
+
+    Args:
+        source: the dense model's folder; ``layout``: operators to prune, in the shapes that they have.
+        context: the model, and what is done to these.
+        warnings: what a smaller model loses; ``notes``: what is removed, and these.
+    """
+
+    source: ModelSource
+    layout: Layout
+    context: LayerContext
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> LayerwiseModel:
+        """The dense model."""
+        return self.context.model
+
+
+# --- the input, checked before any long work
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse calibration text that is not there or needs a missing extra; check the allocation.
+
+    Raises:
+        FistaPrunerError: names the source.
+        MissingExtraError: names the package and the extra.
+    """
+    check_allocation(recipe)
+    for source in recipe.calibration.sources.values():
+        check_source(source)
+
+
+def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None) -> Inputs:
+    """Open a model, and decide patterns and widths of its operators.
+
+    Args:
+        source: the model's folder.
+        recipe: all settings, resolved.
+        dtype: precision of passes that the run has decided on before.
+
+    Raises:
+        FistaPrunerError: a low-rank part, which pruning would leave out, or operators that cannot be pruned so.
+    """
+    refuse_low_rank(source.folder, "prune")
+    model = open_model(source, recipe, dtype=dtype)
+    layout = discover(model).select(recipe)
+    smaller, widths = change_widths(model, layout, recipe, source.permissions)
+    sparsity = choose_patterns(recipe, smaller, model.config.model_type)
+    scratch = scratch_factory(None, model.dtype)
+    context = LayerContext(model, smaller, recipe, sparsity, widths, scratch=scratch)
+    if widths is None:
+        return Inputs(source, layout, context)
+    warnings = tuple(_losses(model, recipe, widths))
+    return Inputs(source, layout, context, warnings, (_removed(model, widths), *warnings))
+
+
+def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
+    """Decide the pattern of every operator, as the recipe says it.
+
+    Args:
+        recipe: settings.
+        layout: the operators.
+        model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
+
+    Raises:
+        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
+            cannot have the low-rank part.
+    """
+    operators = layout.operators()
+    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    for pattern, sparsity in recipe.allocation.items() if isinstance(recipe.allocation, Mapping) else ():
+        names = [name for name in chosen if matches(name, pattern)]
+        if not names:
+            raise FistaPrunerError(
+                f"allocation: {pattern!r} matches none of the {len(operators)} operators that targets and ignore "
+                f"choose; the first one is called {operators[0][0]!r}"
+            )
+        chosen.update((name, parse_sparsity(sparsity)) for name in names)
+    for name, operator in operators:
+        chosen[name].check(operator.columns, name)
+        if not recipe.low_rank or not chosen[name].zeros(operator.rows, operator.columns):
+            continue
+        if operator.experts or (model_type in MAMBA and name.endswith(".out_proj")):
+            ignored = "experts" if operator.experts else "out_proj"
+            raise FistaPrunerError(
+                f"low_rank {recipe.low_rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore "
+                f"[re:{ignored}], or prune without low_rank"
+            )
+        check_rank(recipe.low_rank, operator.rows, operator.columns, name)
+    return chosen
+
+
+def change_widths(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
+) -> tuple[Layout, Widths | None]:
+    """Decide the widths of the result, where the recipe removes channels.
+
+    Returns:
+        The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
+
+    Raises:
+        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, widths that the
+            pattern does not divide, or a method that cannot choose them.
+    """
+    structure, fault = recipe.structure, None
+    if structure.remove is None:
+        return layout, None
+    widths = plan_widths(model, layout, structure, trust_remote_code=permissions.trust_remote_code)
+    units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]
+    if structure.method in ("goa", "bypass") and any(unit.kind == EXPERT for _, unit in units):
+        fault = "does not rate channels of experts"
+    elif structure.method == "goa":  # it fits whole operators before it removes channels
+        zeros = [str(pattern) for pattern in recipe.patterns if pattern.fraction]
+        fitted = {layout.full_name(index, name) for index, unit in units for name in unit.producers}
+        if left_out := sorted(fitted.difference(name for name, _ in layout.operators())):
+            fault = f"also fits {left_out[0]}, which targets and ignore leave out"
+        elif zeros:
+            fault = f"has no zeros ({zeros[0]}) beside it: take --sparsity 0%, and prune its result in a second run"
+    if fault is not None:
+        raise FistaPrunerError(f"structure: {structure.method} {fault}; or take structure.method obs")
+    if measured_by(recipe) == "error":  # errors are measured before channels are removed
+        choose_patterns(recipe, layout)
+    return resized(layout, widths), widths
+
+
+def _removed(model: LayerwiseModel, widths: Widths) -> str:
+    """Say in one sentence what is removed from a model."""
+    before, gone = layer_weights(model), removed_weights(model, widths)
+    removed = dict.fromkeys((unit.reader is None, unit.kind, unit.before, unit.after) for unit in chain(*widths.units))
+    found = sorted(removed, key=lambda each: each[0])  # experts last
+    stay = " and ".join(f"{after} of {count(whole)} {kind}" for _, kind, whole, after in found)
+    return (
+        f"structure: {stay} stay in every {'mixture' if found[0][0] else 'decoder layer that has them'}, "
+        f"{before - gone} of the layers' {before} parameters ({gone / before:.1%} fewer; "
+        f"{gone / model.parameter_count():.1%} of the whole model's)"
+    )
+
+
+def _losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> Iterator[str]:
+    """Warn of what a smaller model loses: zeros, unread layers, grouped products of experts."""
+    checkpoint = model.checkpoint
+    claims, _ = recorded_claims(read_pruning_record(checkpoint.folder), checkpoint)
+    zeros = any(claim.get("sparsity", "0%") != "0%" for claim in claims.values())
+    if zeros and not any(pattern.fraction for pattern in recipe.patterns):
+        yield (
+            f"{checkpoint.folder} has zeros already, and structure does not keep them where it fits weights anew or "
+            "removes inputs: give a --sparsity too, and all operators get new ones"
+        )
+    if unread := unread_tensors(model, widths):
+        yield (
+            f"the result leaves out {count(len(unread))} tensors that {type(model.model).__name__} does not read, "
+            f"since the new config would not fit them: {', '.join(unread[:3])}"
+        )
+    multiple = GROUPED_BYTES // checkpoint.dtype.itemsize
+    experts = {unit.after for unit in chain(*widths.units) if unit.kind == EXPERT}
+    if refused := sorted(width for width in experts if width % multiple):
+        yield (
+            f"experts with {span(refused)} channels, which are no multiple of {multiple}, do not run in transformers "
+            "as it loads them: keep such a multiple, or load the result with experts_implementation='eager'"
+        )
+
+
+def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtype: str | None) -> Inputs:
+    """Check everything that can be checked before any long work.
+
+    Args:
+        run: the run directory.
+        request: what to do.
+        listener: receives progress.
+        dtype: as for :func:`open_operators`.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    recipe, source = request.recipe, request.source
+    refuse_overlap(source.folder, run.folder)
+    listener.say(f"model {request.model}: {source.folder}")
+    listener.tick("opening and checking the model", 0, 1)
+    inputs = open_operators(source, recipe, dtype)
+    model = inputs.model
+    if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
+        stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
+        listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
+    check_model(model)
+    for sentence in inputs.notes:
+        listener.say(sentence)
+    if inputs.context.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
+        listener.say("sparsity 0% and no structure: no weight becomes zero")
+    shape = recipe.calibration.samples, calibration_length(recipe.calibration, model)
+    if request.drawn is not None and request.drawn[0].shape != shape:
+        raise FistaPrunerError(
+            f"tokens has the shape {tuple(request.drawn[0].shape)}, and the recipe's (samples, seqlen) are {shape}"
+        )
+    if request.evaluation is not None:  # a fault in the text shows now
+        text = load_windows(request.evaluation.data, source.tokenizer(), shape[1], request.evaluation.windows)
+        model.check_tokens(text.tokens)
+        if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
+            listener.say(shared)
+            return replace(inputs, warnings=(*inputs.warnings, shared))
+    return inputs
+
+
+# --- the decisions
 
 
 def settle(
@@ -59,34 +327,39 @@ def settle(
         FistaPrunerError: bad input, named, or a run that does not fit.
     """
     recipe, settled = request.recipe, before.decision if before else None
-    inputs = check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
-    folder = inputs.source.folder.absolute()
+    inputs = _check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
+    model, folder = inputs.model, inputs.source.folder.absolute()
     lineage = lineage_of(folder)
-    text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, inputs.model)
-    drawing = _drawing(recipe, inputs.model, seqlen, text)
+    text, seqlen = text_sha256(recipe), calibration_length(recipe.calibration, model)
+    drawing = _drawing(recipe, model, seqlen, text)
     drawn = request.drawn or run.drawn(drawing)  # writing text takes long: a stopped attempt has left it
     if settled is not None:
         numerics, on_disk, on_device = settled.numerics, settled.on_disk, settled.on_device
     else:
-        choice = _plan(run, recipe, inputs, listener, drawn=drawn is not None)
-        numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size)
-        on_disk, on_device = choice.on_disk, choice.on_device
+        listener.tick("planning", 0, 1)
+        plan = make_plan(inputs.context, run.folder, drawn=drawn is not None)
+        for sentence in plan.says:
+            listener.say(sentence)
+        numerics = numerics_of(model, recipe.execution, plan.choice.batch_size)
+        on_disk, on_device = plan.choice.on_disk, plan.choice.on_device
     with cpu_threads(numerics.threads):
-        settings, begin = recipe.calibration, time.perf_counter()
-        listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
+        begin = time.perf_counter()
+        listener.say(
+            f"calibration: {recipe.calibration.samples} windows of {seqlen} tokens from {recipe.calibration.name}"
+        )
         tokens, how = drawn or _draw_windows(recipe, inputs, seqlen, listener)
-        inputs.model.check_tokens(tokens)
+        model.check_tokens(tokens)
         run.write_tokens(tokens, drawing, how)
         seconds = {"calibration": time.perf_counter() - begin}
-        identity, begin = fingerprint(recipe, inputs.model.checkpoint, tokens, numerics), time.perf_counter()
+        identity, begin = fingerprint(recipe, model.checkpoint, tokens, numerics), time.perf_counter()
         states = run.hidden / "sensitivity" if on_disk else None
         with scratch_folder(states):
-            measured = _measure(run, recipe, inputs, tokens, numerics, states, identity, listener)
+            store = scratch_factory(states, model.dtype)
+            measured = _measure(run, recipe, inputs, tokens, numerics.batch_size, store, identity, listener)
         if measured is not None:
             seconds["sensitivity"] = time.perf_counter() - begin
-    has_metrics = run.metrics_file.is_file()
     sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
-    stamped = tuple(stamps(inputs.model.checkpoint))
+    stamped = tuple(stamps(model.checkpoint))
     dense = dense_behind(folder, lineage) if lineage and lineage.stages else Dense(folder, stamped)
     record = PruneRecord(
         **common_fields(request, inputs, recipe, numerics.threads, lineage),
@@ -102,27 +375,18 @@ def settle(
             evaluation=request.evaluation,
             dense=dense and dense.folder,
             dense_stamps=dense.stamps if dense else (),
-            sparsity=dict((measured.sparsity if measured else None) or inputs.sparsity),
+            sparsity=dict((measured.sparsity if measured else None) or inputs.context.sparsity),
             on_disk=on_disk,
             on_device=on_device,
             calibration_sha256=text,
-            metrics_sha256=sha256_file(run.metrics_file) if has_metrics else None,
+            metrics_sha256=sha256_file(run.metrics_file) if run.metrics_file.is_file() else None,
             seconds=seconds,
-            structure=None if inputs.widths is None else inputs.widths.record(),
+            structure=inputs.context.widths and inputs.context.widths.record(),
         ),
     )
     run.write_recipe(recipe.to_yaml())
     run.write_record(record)
-    return record, inputs.model
-
-
-def _plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs, listener: Listener, *, drawn: bool) -> Choice:
-    """Choose settings that fit this machine, and say the plan."""
-    listener.tick("planning", 0, 1)
-    found = make_plan(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
-    for sentence in found.says:
-        listener.say(sentence)
-    return found.choice
+    return record, model
 
 
 def _drawing(recipe: Recipe, model: LayerwiseModel, seqlen: int, text: str | None) -> str:
@@ -149,37 +413,33 @@ def _measure(
     recipe: Recipe,
     inputs: Inputs,
     tokens: Tensor,
-    numerics: Numerics,
-    states: Any,
+    batch_size: int,
+    store: Store,
     identity: str,
     listener: Listener,
 ) -> Decision | None:
     """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
     run.metrics_file.unlink(missing_ok=True)
-    model, store = inputs.model, scratch_factory(states, inputs.model.dtype)
-    scores: dict[str, Tensor] = {}
-    if recipe.structure.method == "bypass" and inputs.widths is not None:
-        units = inputs.widths.units
+    model, widths, scores, found = inputs.model, inputs.context.widths, dict[str, Tensor](), Decision()
+    if recipe.structure.method == "bypass" and widths is not None:
 
-        def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
+        def learn(windows: int) -> dict[tuple[int, str], Tensor]:
             steps, seed = recipe.structure.steps, recipe.seed
-            learning = Bypass(model, units, tokens, steps, seed, store, listener, batch_size)
+            learning = Bypass(model, widths.units, tokens, steps, seed, store, listener, windows)
             return learning.learn(run.bypass_file, windows_measured(len(tokens)), {"identity": identity})
 
         learned = _fitting(model, "learn which channels stay", learn, SEQUENCES, listener)
         scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
-    if not needs_measuring(recipe):
-        if not scores:
-            return None
-        run.write_metrics([], {}, {}, scores)
-        return Decision()
-    listener.say("measuring sensitivity on the dense model")
+    if needs_measuring(recipe):
+        listener.say("measuring sensitivity on the dense model")
 
-    def decide_all(batch_size: int) -> Decision:
-        passes = DensePasses(store, batch_size, listener.tick)
-        return decide(recipe, inputs.layout, model, tokens, inputs.sparsity, passes, inputs.smaller)
+        def decide_all(windows: int) -> Decision:
+            passes = DensePasses(store, windows, listener.tick)
+            return decide(recipe, inputs.layout, model, tokens, inputs.context.sparsity, passes, inputs.context.layout)
 
-    found = _fitting(model, "measure sensitivity", decide_all, min(4, numerics.batch_size), listener)
+        found = _fitting(model, "measure sensitivity", decide_all, min(4, batch_size), listener)
+    elif not scores:
+        return None
     if found.metrics or found.importance or found.orders or scores:
         run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
     if permutes(recipe) and found.permuted:
@@ -197,11 +457,11 @@ def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_s
     Raises:
         FistaPrunerError: memory runs out with one window at a time.
     """
-    for count in dict.fromkeys((batch_size, 1)):
+    for windows in dict.fromkeys((batch_size, 1)):
         try:
-            return work(count)
+            return work(windows)
         except torch.OutOfMemoryError:
-            listener.say(f"the memory of {model.device} ran out with {count} windows at a time")
+            listener.say(f"the memory of {model.device} ran out with {windows} windows at a time")
         release_failed_memory()
     raise FistaPrunerError(
         f"the memory of {model.device} is not enough to {what}: free some of it, shorten --seqlen, or take "
@@ -211,7 +471,7 @@ def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_s
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | TrainingInputs,
+    inputs: Inputs | Settling,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,

@@ -18,37 +18,45 @@ import os
 import signal
 import socket
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from functools import lru_cache, partial
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core import LayerProblem
+from ..allocate.measure import weighs_rows
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..models.source import Permissions
 from ..passes.store import HiddenStates
 from ..runs.log import Listener
-from ..runtime.devices import available_cores, cpu_threads, release_device_memory, usable_threads, worker_devices
-from ..runtime.machine import module_path
+from ..runs.records import LayerEntry
+from ..runtime.devices import (
+    available_cores,
+    cpu_threads,
+    peak_memory,
+    release_device_memory,
+    usable_threads,
+    worker_devices,
+)
+from ..runtime.machine import module_path, now
 from ..runtime.numerics import exact_products
 from ..settings.base import Execution
-from .context import LayerEvents, LayerStreams
-from .opened import RunContext
+from .context import LayerMeasures, LayerStreams, RunContext
+from .drift import dense_windows
+from .layer import Inspect, prune_layer
 
 log = logging.getLogger("fistapruner")
 
-Inspect = Callable[[int, int, LayerProblem], None]
-"""Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
+Submit = Callable[[int], "Future[str | None]"]
+"""Lets a worker do :func:`prune_one` of a layer."""
 
 ATTEMPTS = 3
-"""Attempts at one layer before the run stops, since a layer may kill its worker every time."""
+"""Attempts without a new layer before the run stops, since a layer may kill its worker every time."""
 
 REACH_SECONDS = 10.0
 """Timeout of the connection to a cluster's head, in seconds."""
@@ -71,22 +79,17 @@ def prune_layers(
         inspect: receives each problem before it is solved; it makes the run serial.
 
     Raises:
-        FistaPrunerError: the executor is not available, or bad data.
+        FistaPrunerError: bad data, or workers that cannot be had or die again and again.
     """
     executor, pruned = execution.executor, context.recipe.propagate == "pruned"
-    if executor != "serial" and pruned and todo:
+    if executor != "serial" and pruned:
         listener.say(f"propagate=pruned: layers wait for each other, so executor {executor} runs them one by one")
     with cpu_threads(context.numerics.threads):
         if executor == "serial" or pruned or inspect is not None or len(todo) <= 1:
-            prune_serially(context, todo, listener, inspect)
-            return
-        release_device_memory()  # for the workers that share this process's GPU
-        pool = (ProcessPool if executor == "process" else RayPool)(context, execution, len(todo))
-        try:
-            listener.say(f"{pool.size} {pool.kind} of {context.numerics.threads} threads")
-            prune_in_parallel(context, todo, pool, listener)
-        finally:
-            pool.close()
+            _prune_serially(context, todo, listener, inspect)
+        else:
+            release_device_memory()  # for the workers that share this process's GPU
+            _prune_in_parallel(context, set(todo), execution, listener)
 
 
 def default_threads(execution: Execution) -> int:
@@ -100,130 +103,139 @@ def default_threads(execution: Execution) -> int:
 
 def local_workers(execution: Execution) -> int:
     """Count the worker processes on this machine; those of a cluster have their own machines."""
-    devices = worker_devices(execution.device, execution.workers, execution.threads)
-    if execution.executor == "process":
-        return len(devices)
     if execution.executor == "serial" or cluster_head(execution.address):
         return 1
-    room = available_cores() // default_threads(execution)  # as Ray places them
-    room = min(room, torch.cuda.device_count()) if devices[0].type == "cuda" else room
-    return max(1, min(execution.workers or room, room))
+    return len(worker_devices(execution.device, execution.workers, execution.threads))
 
 
-def prune_serially(
-    context: RunContext, todo: Collection[int], listener: Listener, inspect: Inspect | None = None
-) -> None:
+def _prune_journaled(
+    context: RunContext, index: int, streams: LayerStreams, listener: Listener, inspect: Inspect | None = None
+) -> LayerEntry:
+    """Prune decoder layer ``index`` and journal it; arguments as for :func:`prune_layer`."""
+    run, recipe, widths = context.run, context.recipe, context.widths
+    names = [name for group in context.layout.layers[index] for name in context.names(index, group)]
+    learned = recipe.structure.method == "bypass" and widths is not None and widths.channels(index)
+    measures = LayerMeasures(
+        metric=run.metric(index) if recipe.reconstruct else None,
+        importance=run.measured("rows", names) if weighs_rows(recipe) else None,
+        scores=run.measured("scores", names) if learned else {},
+    )
+
+    def work() -> LayerEntry:
+        context.record_calls()
+        result = prune_layer(context, index, streams, measures, listener, inspect)
+        entry = result.entry
+        entry.warnings += context.warnings
+        entry.peak_memory, entry.finished = peak_memory(), now()
+        run.journal.write(context.fingerprint, result.weights, entry)
+        return entry
+
+    context.warnings.clear()  # of layers that were already pruned
+    return context.fitting(f"layer {index}", work, streams)
+
+
+def _prune_serially(context: RunContext, todo: Collection[int], listener: Listener, inspect: Inspect | None) -> None:
     """Prune layers in this process, in order; hidden states run through the others, as journaled.
 
     Arguments as for :func:`prune_layers`.
     """
-    if not todo:
-        return
-    last, recipe = max(todo), context.recipe
-    stream, calls = context.embed()
-    samples = context.dense_windows()
-    dense: HiddenStates | None = stream
+    last, recipe, (samples, seqlen) = max(todo), context.recipe, context.tokens.shape
+    dense: HiddenStates | None = context.embed("embedded")
     pruned: HiddenStates | None = None
-    if samples < stream.samples:
-        dense, pruned = context.store("dense-0", samples=samples), stream
-        for start, stop in calls.batches(samples):
-            dense.write(start, stream.read(start, stop))
+    beside = dense_windows(recipe, context.layout, samples, seqlen, context.numerics.batch_size)
+    if beside < samples:
+        dense, pruned = context.store("dense-0", samples=beside), dense
+        for start, stop in context.calls.batches(beside):
+            dense.write(start, pruned.read(start, stop))
     for index in range(last + 1):
         dense_on = index < last and (recipe.propagate == "dense" or recipe.dense_share > 0.0)
         pruned_on = index < last and recipe.propagate == "pruned"
         streams = LayerStreams(
             dense,
             pruned,
-            context.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
+            context.store(f"dense-{index + 1}", samples=beside) if dense_on else None,
             context.store(f"pruned-{index + 1}") if pruned_on else None,
         )
         if index in todo:
-            events = LayerEvents(operators=partial(listener.operators, index))
-            if inspect is not None:
-                events = replace(events, problem=partial(inspect, index))
-            listener.layer(context.prune(index, streams, calls, events))
+            listener.layer(_prune_journaled(context, index, streams, listener, inspect))
         else:
             listener.tick(f"layer {index}, already pruned", 0, 1)
-            context.advance(index, streams, calls)
+            context.advance(index, streams)
         for store in (dense, pruned):
             if store is not None:
                 store.close()
         dense, pruned = streams.dense_out, streams.pruned_out
 
 
-def prune_in_parallel(
-    context: RunContext, todo: Collection[int], pool: ProcessPool | RayPool, listener: Listener
-) -> None:
-    """Prune layers on the workers of ``pool``, while this process passes the dense hidden states on.
+def _prune_in_parallel(context: RunContext, todo: set[int], execution: Execution, listener: Listener) -> None:
+    """Prune layers on workers; what workers that die have not journaled is done again.
 
-    At most ``pool.size + 2`` files of hidden states exist at a time.
+    Arguments as for :func:`prune_layers`.
+    """
+    attempts, workers = 0, _processes if execution.executor == "process" else _ray_tasks
+    while todo:
+        try:
+            with workers(context, execution, len(todo)) as (size, submit):
+                listener.say(f"{size} worker processes of {context.numerics.threads} threads")
+                _send_layers(context, todo, size, submit, listener)
+            return
+        except (BrokenProcessPool, BrokenPipeError) as error:  # all workers are gone
+            left = {index for index in todo if context.run.journal.finished(index, context.fingerprint) is None}
+            attempts = attempts + 1 if left == todo else 1
+            if attempts == ATTEMPTS:
+                raise FistaPrunerError(
+                    f"layer {min(left)}: workers died {ATTEMPTS} times: if memory ran out, give the same prune command "
+                    "again with fewer workers"
+                ) from None
+            log.warning("a worker died (%s): the layers %s are done again", one_line(error), sorted(left))
+            todo = left
+            for file in context.hidden.iterdir():
+                file.unlink()
+
+
+def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit, listener: Listener) -> None:
+    """Pass the dense hidden states from layer to layer into files, which workers read.
+
+    At most ``size + 2`` files exist at a time.
 
     Args:
         context: the opened run; ``propagate`` is ``dense``.
-        todo: indices of layers that are not journaled yet.
-        pool: the workers; the caller closes it.
+        todo: indices of layers that are not journaled yet; those that are done are taken out.
+        size: number of workers; ``submit``: gives them a layer.
         listener: receives progress.
 
     Raises:
-        FistaPrunerError: a worker reports an error of the user's input, or dies repeatedly at the same layer.
+        FistaPrunerError: a worker reports an error of the user's input.
+        BrokenProcessPool: a worker died.
     """
     running: dict[Future[str | None], int] = {}
-    deaths = Counter[int]()
-    last, (states, calls) = max(todo), context.embed(_file(0), on_disk=True)
+
+    def collect() -> None:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            index = running.pop(future)
+            if (fault := future.result()) is not None:
+                raise FistaPrunerError(fault)
+            entry = context.run.journal.finished(index, context.fingerprint)
+            assert entry is not None
+            (context.hidden / _file(index)).unlink(missing_ok=True)
+            listener.layer(entry)
+
+    last, states = max(todo), context.embed(_file(0), on_disk=True)
     for index in range(last + 1):
         states.sync()  # other hosts may read the file
-        while len(running) >= pool.size:
-            _collect(context, pool, running, deaths, listener)
+        while len(running) >= size:
+            collect()
         if index in todo:
-            running[pool.submit(index)] = index
+            running[submit(index)] = index
         if index < last:
             onward = context.store(_file(index + 1), on_disk=True)
-            context.advance(index, LayerStreams(states, None, onward, None), calls)
+            context.advance(index, LayerStreams(states, dense_out=onward))
             states.close(keep=index in todo)
             states = onward
     states.close(keep=True)
     while running:
-        _collect(context, pool, running, deaths, listener)
-
-
-def _collect(
-    context: RunContext,
-    pool: ProcessPool | RayPool,
-    running: dict[Future[str | None], int],
-    deaths: Counter[int],
-    listener: Listener,
-) -> None:
-    """Wait for the next layers; those of dead workers are done again."""
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        index = running.pop(future)
-        try:
-            fault = future.result()
-        except BrokenProcessPool as error:  # all its workers are gone
-            lost = sorted([index, *running.values()])
-            running.clear()
-            log.warning("a worker died (%s) at layers %s, which are done again", one_line(error), lost)
-            deaths.update(lost)
-            worst, count = deaths.most_common(1)[0]
-            if count >= ATTEMPTS:
-                raise FistaPrunerError(
-                    f"layer {worst}: its worker died {ATTEMPTS} times: if memory ran out, give the same prune command "
-                    "again with fewer workers"
-                ) from None
-            pool.revive()
-            running |= {pool.submit(index): index for index in lost}
-            return
-        except Exception as error:
-            if type(error).__module__ != "ray.exceptions" or "Task" in type(error).__name__:
-                raise  # of this program
-            raise FistaPrunerError(f"layer {index}: Ray lost its worker {ATTEMPTS} times: {one_line(error)}") from None
-        if fault is not None:
-            raise FistaPrunerError(fault)
-        entry = context.run.journal.finished(index, context.fingerprint)
-        if entry is None:
-            raise FistaPrunerError(f"layer {index} was done by a worker, but {context.run.folder} does not hold it")
-        (context.hidden / _file(index)).unlink(missing_ok=True)
-        listener.layer(entry)
+        collect()
 
 
 def _file(index: int) -> str:
@@ -231,14 +243,35 @@ def _file(index: int) -> str:
     return f"dense-{index}"
 
 
+def prune_one(index: int, folder: Path, device: str, permissions: Permissions, model: Path, host: str) -> str | None:
+    """Prune and journal decoder layer ``index`` in a worker; return a fault of the user's input.
+
+    Args:
+        index: which layer; its dense hidden states are in the run directory.
+        folder: the run directory.
+        device: where to compute.
+        permissions: what the model's files may do.
+        model: the dense model's folder.
+        host: name of the machine that started the run.
+    """
+    try:
+        context = _opened(folder, device, permissions, model)
+        torch.set_num_threads(context.numerics.threads)
+        states = context.store(_file(index), on_disk=True)
+        try:
+            with exact_products():
+                _prune_journaled(context, index, LayerStreams(states), Listener())
+        finally:
+            states.close(keep=True)
+    except FistaPrunerError as error:
+        here = os.uname().nodename
+        return str(error) if here == host else f"on host {here}, which must share files with {host}: {error}"
+    return None
+
+
 @lru_cache(maxsize=1)
 def _opened(folder: Path, device: str, permissions: Permissions, model: Path) -> RunContext:
     """Open the run in a worker, once."""
-    if not (folder / "run.json").exists():
-        raise FistaPrunerError(
-            f"the worker on host {os.uname().nodename} does not see {folder}: put --out on a file system that all "
-            "nodes share"
-        )
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:  # such as a GPU that the run's own process has for itself
@@ -246,70 +279,33 @@ def _opened(folder: Path, device: str, permissions: Permissions, model: Path) ->
     return RunContext.open(folder, torch.device(device), permissions, model)
 
 
-def prune_one(index: int, *place: Any) -> str | None:
-    """Prune decoder layer ``index`` of a run, and journal it; returns a fault of the user's input.
-
-    Args:
-        index: which layer; its dense hidden states are in the run directory.
-        place: run directory, device, permissions, the dense model's folder.
-    """
-    try:
-        context = _opened(*place)
-        torch.set_num_threads(context.numerics.threads)
-        states = context.store(_file(index), on_disk=True)
-        try:
-            with exact_products():
-                context.prune(index, LayerStreams(states, None, None, None), context.calls(), LayerEvents())
-        finally:
-            states.close(keep=True)
-    except FistaPrunerError as error:
-        return str(error)
-    return None
+def _place(context: RunContext, device: str) -> tuple[Path, str, Permissions, Path, str]:
+    """Return the arguments of :func:`prune_one` for a worker on ``device``."""
+    model = context.model.checkpoint.folder
+    return context.run.folder.absolute(), device, context.permissions, model, os.uname().nodename
 
 
-def _place(context: RunContext, device: str) -> tuple[Path, str, Permissions, Path]:
-    """Return how a worker on ``device`` opens the run."""
-    return context.run.folder.absolute(), device, context.permissions, context.model.checkpoint.folder
-
-
-class ProcessPool:
-    """Processes of this machine: one for each GPU, or for each group of CPU cores.
+@contextmanager
+def _processes(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
+    """Start processes of this machine: one for each GPU, or for each group of CPU cores.
 
     Args:
         context: the opened run.
         execution: ``workers`` and ``device``.
         most: no more workers are started.
     """
-
-    kind = "worker processes"
-
-    def __init__(self, context: RunContext, execution: Execution, most: int) -> None:
-        self._devices = worker_devices(execution.device, execution.workers, context.numerics.threads)[:most]
-        self.size, self._context = len(self._devices), context
-        self.revive()
-
-    def submit(self, index: int) -> Future[str | None]:
-        """Let a worker do :func:`prune_one` of a layer."""
-        try:
-            return self._executor.submit(_prune_here, index)
-        except (BrokenProcessPool, OSError) as error:  # a worker died before, or dies while another one starts
-            broken = Future[str | None]()
-            broken.set_exception(BrokenProcessPool(one_line(error)))
-            return broken
-
-    def revive(self) -> None:
-        """Start the workers, also again after some have died."""
-        spawned = multiprocessing.get_context("spawn")  # a fork would share this process's threads and GPU
-        places = spawned.SimpleQueue()
-        for device in self._devices:
-            places.put(_place(self._context, str(device)))
-        self._executor = ProcessPoolExecutor(self.size, spawned, _begin, (places,))
-
-    def close(self) -> None:
-        """End all workers at once; journaled layers stay."""
-        for process in list((self._executor._processes or {}).values()):
+    devices = worker_devices(execution.device, execution.workers, context.numerics.threads)[:most]
+    spawned = multiprocessing.get_context("spawn")  # a fork would share this process's threads and GPU
+    places = spawned.SimpleQueue()
+    for device in devices:
+        places.put(_place(context, str(device)))
+    pool = ProcessPoolExecutor(len(devices), spawned, _begin, (places,))
+    try:
+        yield len(devices), lambda index: pool.submit(_prune_here, index)
+    finally:
+        for process in list((pool._processes or {}).values()):
             process.kill()
-        self._executor.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 _HERE: list[tuple[Any, ...]] = []
@@ -336,8 +332,9 @@ def _prune_here(index: int) -> str | None:
     return prune_one(index, *_HERE[0])
 
 
-class RayPool:
-    """Tasks of a Ray cluster, placed by GPUs and cores. Needs the extra ``ray``.
+@contextmanager
+def _ray_tasks(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
+    """Place tasks on a Ray cluster, by GPUs and cores.
 
     Args:
         context: the opened run.
@@ -345,49 +342,34 @@ class RayPool:
         most: no more tasks run at a time.
 
     Raises:
-        MissingExtraError: Ray is not installed.
-        FistaPrunerError: the cluster cannot be reached, or has no room for a worker.
+        FistaPrunerError: the cluster has no room for a worker, or loses one again and again.
     """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
 
-    kind = "Ray workers"
-
-    def __init__(self, context: RunContext, execution: Execution, most: int) -> None:
-        require_ray(execution.address)
-        import ray
-
-        self._ray, self._started = ray, not ray.is_initialized()
-        if self._started:
-            address = execution.address or "local"  # without one Ray would look for a cluster
-            dashboard = False if execution.address is None else None
-            try:
-                ray.init(address=address, include_dashboard=dashboard, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise FistaPrunerError(f"Ray cluster {address!r} cannot be reached: {one_line(error)}") from None
-        threads, resources = context.numerics.threads, ray.cluster_resources()
-        cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
+    started = not ray.is_initialized()
+    if started:  # without an address Ray would look for a cluster
+        dashboard = False if execution.address is None else None
+        ray.init(address=execution.address or "local", include_dashboard=dashboard, log_to_driver=False)
+    try:
+        threads = context.numerics.threads
+        cuda = execution.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
         room = room_for_workers(ray.nodes(), threads, cuda=cuda)
         if room < 1:
-            self.close()
-            raise FistaPrunerError(
-                f"the Ray cluster has {resources.get('CPU', 0):g} cores, and no node has the {threads} that a worker "
-                f"needs{' beside its GPU' if cuda else ''}: set threads"
-            )
-        self.size = min(execution.workers or room, room, most)
+            gpu = " beside its GPU" if cuda else ""
+            raise FistaPrunerError(f"no node of the Ray cluster has the {threads} cores that a worker needs{gpu}")
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": module_path()}
         options = {"num_cpus": threads, "num_gpus": int(cuda), "max_retries": ATTEMPTS - 1}
-        self._task = ray.remote(prune_one).options(**options, runtime_env={"env_vars": variables})
-        self._place = _place(context, "cuda" if cuda else "cpu")
-
-    def submit(self, index: int) -> Future[str | None]:
-        future: Future[str | None] = self._task.remote(index, *self._place).future()
-        return future
-
-    def revive(self) -> None:
-        """Ray does."""
-
-    def close(self) -> None:
-        if self._started:
-            self._ray.shutdown()
+        task = ray.remote(prune_one).options(**options, runtime_env={"env_vars": variables})
+        place = _place(context, "cuda" if cuda else "cpu")
+        yield min(execution.workers or room, room, most), lambda index: task.remote(index, *place).future()
+    except RayTaskError:  # of this program
+        raise
+    except RayError as error:
+        raise FistaPrunerError(f"Ray lost a worker {ATTEMPTS} times: {one_line(error)}") from None
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def require_ray(address: str | None) -> None:
@@ -405,15 +387,10 @@ def require_ray(address: str | None) -> None:
     """
     if head := cluster_head(address):
         host, _, port = head.rpartition(":")
-        if not host or "/" in host or not port.isdigit():
-            name = "address" if address != "auto" else "RAY_ADDRESS"
-            raise FistaPrunerError(
-                f"{name} {head!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
-            )
         try:
             socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise FistaPrunerError(f"Ray cluster {head!r} cannot be reached: {error}") from None
+        except (OSError, OverflowError, ValueError) as error:
+            raise FistaPrunerError(f"Ray cluster {head!r}, HOST:PORT or auto, cannot be reached: {error}") from None
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "executor ray")
 

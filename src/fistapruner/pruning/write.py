@@ -1,10 +1,13 @@
-"""Write the checkpoint and the report of a pruning run whose layers are all journaled."""
+"""Write the results of runs: the checkpoint and the report, of pruning as of training."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,30 +16,25 @@ from torch import Tensor
 from ..core import parse_sparsity
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..models.build import build_changed
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import journaled_factors
-from ..models.operators import Operator, expert_modules, operators_by_weight
-from ..models.record import MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
-from ..models.safetensors import SafetensorsFile
+from ..models.low_rank import journaled_factors, write_adapter
+from ..models.operators import Layout, Operator, operators_by_weight
+from ..models.record import LOW_RANK, MIN_ZEROS, read_pruning_record, recorded_claims, stack_of
+from ..models.safetensors import LazyTensors, SafetensorsFile
+from ..models.write import write_checkpoint
 from ..reporting.model_card import model_card
+from ..runs.directory import CARD, RunDirectory
 from ..runs.lineage import update_stage
 from ..runs.log import Listener, Times
-from ..runs.records import Report, Totals
+from ..runs.records import VERSION, Report, Totals, load_run
 from ..runtime.devices import peak_device_memory, peak_memory
+from ..runtime.files import disk_errors
 from ..runtime.machine import now
-from ..structure.experts import chosen_experts
 from ..structure.smaller import changed_config, dropped_tensors, unread_tensors
-from .opened import RunContext
-from .result import (
-    checkpoint_record,
-    close_report,
-    model_documents,
-    operator_claims,
-    write_low_rank,
-    write_model,
-)
+from .context import RunContext
+
+# --- the result of a pruning run
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class ChangedTensors:
         """Collect them of a run whose layers are all journaled."""
         checkpoint, widths, journal = context.model.checkpoint, context.widths, context.run.journal
         places = {name: file for file in map(journal.weights, range(len(context.model))) for name in file.entries}
-        dropped = set(unread_tensors(context.model, widths))
+        dropped: set[str] = set()
         cut: dict[str, tuple[int, ...]] = {}
         stacked: dict[str, tuple[int, ...]] = {}
         if widths is not None:
-            of_experts, stacked = dropped_tensors(context.model, widths)
-            dropped |= of_experts
+            dropped, stacked = dropped_tensors(context.model, widths)
+            dropped |= set(unread_tensors(context.model, widths))
         for name, file in places.items() if widths is not None else ():
             shape, stack = file.entries[name].shape, checkpoint.stack_of(name)
             if shape == checkpoint.entry(name).shape:
@@ -116,13 +114,14 @@ def write(
     report.totals.peak_device_memory = peak_device_memory(model.device) if alone else None
     own = operator_claims(report, model)
     claims = {**own, **_kept_claims(context, own, changed)}
-    report.totals.model_zeros = claimed_zeros(claims)
+    pruned = [claim.get("zeros") for claim in claims.values() if claim.get("sparsity") != "0%"]
+    report.totals.model_zeros = sum(zeros for zeros in pruned if type(zeros) is int)
     report.stacked_experts = any(map(stack_of, claims))
     report.finished = now()
     update_stage(report)
     more: dict[str, Any] = {}
-    if rank := context.recipe.low_rank:
-        factors = journaled_factors(run.journal.weights(index) for index in range(len(model)))
+    rank, journals = context.recipe.low_rank, map(run.journal.weights, range(len(model)))
+    if rank and (factors := journaled_factors(journals)):
         more = write_low_rank(run, factors, rank, context.layout, report.totals)
     if widths := kept_widths(changed.earlier, _own_widths(context)):
         more["widths"] = widths
@@ -150,50 +149,19 @@ def write(
 
 
 def _totals(report: Report, context: RunContext, changed: ChangedTensors) -> Totals:
-    """Add up weights, times and memory of the layers, and count the work for a token."""
+    """Add up weights, times and memory of the layers."""
     model, layers = context.model, report.layers
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
             split[phase] = split.get(phase, 0.0) + value
-    totals = Totals(
+    return Totals(
         operator_weights=report.operator_weights,
         operator_zeros=report.operator_zeros,
         model_weights=model.parameter_count(changed.shapes, changed.dropped),
         time_split=split,
         peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in layers)),
     )
-    if context.widths is not None:
-        trusted = context.permissions.trust_remote_code
-        smaller = build_changed(model.checkpoint, context.widths.config, trust_remote_code=trusted)
-        chosen = chosen_experts(model)
-        totals.dense_flops_per_token = _flops(model, model.model, chosen)
-        totals.flops_per_token = _flops(model, smaller, chosen)
-    return totals
-
-
-def _flops(model: LayerwiseModel, module: Any, chosen: Mapping[str, int]) -> int:
-    """Count the floating-point operations of a token in the matrices of decoder layers and head.
-
-    They are two for each weight. Attention between tokens comes on top, the same in the dense and the smaller model.
-
-    Args:
-        model: the dense model, which names the layers.
-        module: the model that is counted: the dense one, or the smaller one without weights.
-        chosen: how many experts the router chooses for a token, by the name of the mixture.
-    """
-    matrices = {name: each.numel() for name, each in module.named_parameters() if each.ndim > 1}
-
-    def weights(prefix: str) -> int:
-        return sum(count for name, count in matrices.items() if name.startswith(f"{prefix}."))
-
-    used = weights(model.layers_name)
-    for index, layer in enumerate(module.get_submodule(model.layers_name)):
-        for name, experts in expert_modules(layer).items():
-            mixture = model.full_name(index, name)
-            used -= weights(mixture) * (experts.number - chosen[mixture]) // experts.number
-    head = module.get_output_embeddings()
-    return 2 * (used + (0 if head is None else head.weight.numel()))
 
 
 def _own_widths(context: RunContext) -> list[dict[str, Any]]:
@@ -280,7 +248,171 @@ def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None
     return {**claim, **named, "sparsity": sparsity, "zeros": zeros, "shape": list(weight.shape)}
 
 
-def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
-    """Add up the zeros of operators that are claimed to have some."""
-    pruned = (claim for claim in claims.values() if claim.get("sparsity") != "0%")
-    return sum(zeros for claim in pruned if type(zeros := claim.get("zeros")) is int)
+# --- what pruning and training share
+
+
+@contextmanager
+def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        with suppress(FistaPrunerError):  # such as a full disk, most likely the very error
+            report = load_run(run.folder)
+            report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
+            report.totals.seconds = times.total()
+            run.write_report(report)
+        raise
+
+
+def refuse_foreign_files(run: RunDirectory, fingerprint: str) -> None:
+    """Refuse others' files in a checkpoint that must be made again, before the work for it."""
+    if run.model.exists() and run.model_fault(fingerprint):
+        run.check_model()
+
+
+def write_model(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    replacement: Callable[[str], Tensor | None],
+    documents: Callable[[], Mapping[str, str]],
+    listener: Listener,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dropped: Collection[str] = (),
+    config_changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a run's checkpoint, unless a whole one of this run is there.
+
+    Args:
+        run: the run directory.
+        checkpoint: the model that the run has changed.
+        fingerprint: of the run.
+        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
+        documents: returns the text files beside the weights.
+        listener: receives progress.
+        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
+        config_changes: of ``config.json``, as a JSON merge patch.
+    """
+    if run.model.exists():
+        if run.model_fault(fingerprint) is None:
+            if run.model_record() is None:  # a kill came between the two
+                run.write_model_record(fingerprint)
+            return
+        run.remove_model()  # it is damaged, or its writing was interrupted
+    with disk_errors(run.model_file):
+        run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
+    listener.say("writing the checkpoint")
+    write_checkpoint(
+        checkpoint,
+        run.model,
+        replacement,
+        shapes=shapes,
+        dropped=dropped,
+        config_changes=config_changes,
+        documents=documents(),
+    )
+    run.write_model_record(fingerprint)
+
+
+def write_low_rank(
+    run: RunDirectory, factors: LazyTensors, rank: int, layout: Layout, totals: Totals
+) -> dict[str, Any]:
+    """Write the low-rank part of a run and count it; return what the checkpoint's record says of it.
+
+    Args:
+        run: the run directory.
+        factors: by name in the model; ``rank``: of every part.
+        layout: operators of the run.
+        totals: receives rank, weights and bytes.
+    """
+    found = write_adapter(run.adapter, factors, rank, transposed=layout.transposed)
+    totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]
+    return {LOW_RANK: found}
+
+
+def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
+    """Describe the zeros of every operator in a report, by the name of its stored weight."""
+    claims = {}
+    for layer in report.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            claim = {
+                "operator": name,
+                "sparsity": operator.sparsity,
+                "zeros": operator.zeros,
+                "shape": list(operator.shape),
+            }
+            stored = model.source(f"{name}.weight")
+            stack = model.checkpoint.stack_of(stored)
+            claims[stored] = claim if stack is None else {**claim, "transposed": stack.transposed}
+    return claims
+
+
+def checkpoint_record(report: Report, claims: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Describe a checkpoint (``fistapruner.json``): the run that has made it, and what ``inspect`` checks.
+
+    Args:
+        report: of the run.
+        claims: about the zeros of every operator, by the name of its stored weight.
+        **more: stands between these and the lineage.
+    """
+    return {
+        "version": VERSION,
+        "fingerprint": report.fingerprint,
+        "recipe": report.recipe,
+        "model": report.model.source,
+        "versions": report.versions,
+        "operators": claims,
+        **more,
+        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
+    }
+
+
+def model_documents(card: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text files beside a model's weights: its card, and its record unless that is empty."""
+    return {CARD: card} | ({PRUNING_RECORD: json.dumps(record, indent=2) + "\n"} if record else {})
+
+
+def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Compare the zeros of stored weights in the written files with those of the input.
+
+    Args:
+        folder: of the written checkpoint.
+        checkpoint: the input; ``names``: its weights that were changed.
+
+    Raises:
+        FistaPrunerError: names the weight.
+    """
+    written = Checkpoint.open(folder)
+    for stack in checkpoint.stacks.values():
+        written.take_apart(stack)
+    for name in names:
+        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
+            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
+
+
+def close_report(run: RunDirectory, report: Report, earlier: Report | None, times: Times, begin: float) -> None:
+    """Close the report of a run whose checkpoint is written, with its times and its bytes.
+
+    Args:
+        run: the run directory.
+        report: of the run.
+        earlier: report of the finished run whose checkpoint was written again: its measurements stay.
+        times: wall time of the run so far.
+        begin: when the writing of the checkpoint began, by ``time.perf_counter``.
+    """
+    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
+    if earlier is not None:
+        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+        report.totals.compressed_bytes = earlier.totals.compressed_bytes
+        if report.recovery is not None and earlier.recovery is not None:
+            report.recovery.before = earlier.recovery.before
+    report.status = "finished"
+    report.finished = now()
+    report.totals.seconds = times.total()
+    report.totals.time_split["write"] = time.perf_counter() - begin
+    report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes

@@ -14,10 +14,12 @@ report may be missing. Names of folders on this machine stand only in commands: 
 from importlib import import_module
 
 from ..runs.records import Comparison, Evaluation, LayerEntry, OperatorEntry, Report, load_run
+from .facts import summary
+from .measured import evaluation_text
 
 # Results print as their verb prints them: print(fistapruner.prune(...)).
-Report.__str__ = lambda report: import_module(".terminal", __name__).summary(report)  # type: ignore[method-assign]
+Report.__str__ = summary  # type: ignore[method-assign, assignment]
+Evaluation.__str__ = evaluation_text  # type: ignore[method-assign, assignment]
 Comparison.__str__ = lambda found: import_module(".comparison", __name__).comparison_table(found)  # type: ignore[method-assign]
-Evaluation.__str__ = lambda found: import_module(".measured", __name__).evaluation_text(found)  # type: ignore[method-assign]
 
 __all__ = ["Comparison", "LayerEntry", "OperatorEntry", "Report", "load_run"]

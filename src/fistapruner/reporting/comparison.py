@@ -13,10 +13,9 @@ from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.show import align_columns, counted, duration, percent, significant, size, with_error
 from .facts import base_model_name
-from .figures import INK, SERIES, WIDTH, Drawing, draw, plain_log, style
+from .figures import SERIES, WIDTH, Drawing, draw, plain_log, style
 from .measured import file_name
-from .model_card import markdown_table, plain_markdown
-from .rendering import Section, Table, moment, page
+from .model_card import Section, Table, markdown_table, moment, page, plain_markdown
 
 HEADER = (
     "method",
@@ -77,6 +76,10 @@ def comparison_page(comparison: Comparison) -> str:
             ),
         ],
     )
+
+
+MARKERS = "osD^vPX*"
+"""Marks of methods in figures."""
 
 
 def by_quality(rows: Sequence[CompareRow]) -> list[CompareRow]:
@@ -257,34 +260,20 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
             for nm in (False, True):  # n:m patterns stand apart
                 mine = [p for each in order for p in found if (p.method, p.sparsity) == (method, each)]
                 mine = [p for p in mine if _kind(p.sparsity)[0] is nm]
-                if mine:
-                    axes.errorbar(
-                        [order.index(p.sparsity) + 0.06 * (index - (len(short) - 1) / 2) for p in mine],  # side by side
-                        [p.gap for p in mine],
-                        yerr=[p.spread or 0.0 for p in mine],
-                        fmt=_marker(index) + ("" if nm else "-"),
-                        color=SERIES[index % len(SERIES)],
-                        markersize=6,
-                        capsize=2,
-                    )
+                beside = 0.06 * (index - (len(short) - 1) / 2)
+                _marks(axes, index, mine, [order.index(p.sparsity) + beside for p in mine], line="" if nm else "-")
         axes.set_xticks(range(len(order)), order)
         axes.set_xlim(-0.5, len(order) - 0.5)
         if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
             axes.set_yscale("log")
             plain_log(axes.yaxis)
-        axes.set_ylabel("gap, nats a token (lower is better)")
-        axes.set_xlabel("sparsity")
-        style(axes)
-        for index, name in enumerate(short.values()):
-            axes.plot([], [], _marker(index), color=SERIES[index % len(SERIES)], label=name)
-        widest = max(map(len, short.values()))
-        figure.legend(loc="outside upper left", ncols=max(1, WIDTH // (60 + 7 * widest)), handlelength=1.2)
+        _finish(figure, axes, short, "sparsity", "y")
 
     return draw(
         "gap-sparsity",
         "Quality against sparsity",
         plot,
-        caption="Gap: ln(pruned perplexity / dense perplexity). Bars are one standard deviation over seeds.",
+        caption="Gap: ln(pruned / dense perplexity), lower is better. Bars are one standard deviation over seeds.",
         description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
         height=340 + 18 * (len(short) // 4),
         head=["method", "sparsity", "gap"],
@@ -301,32 +290,12 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
 
     def plot(figure: Any) -> None:
         axes = figure.subplots()
-        for order, point in enumerate(here):
-            index = list(short).index(point.method)
-            place, up = (point.seconds, point.gap), order % 2 == 0  # neighbours' labels on opposite sides
-            axes.errorbar(
-                *place,
-                yerr=point.spread or 0.0,
-                fmt=_marker(index),
-                color=SERIES[index % len(SERIES)],
-                markersize=8,
-                capsize=2,
-            )
-            axes.annotate(
-                short[point.method],
-                place,
-                xytext=(0, 8 if up else -8),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if up else "top",
-                color=INK,
-            )
+        for point in here:
+            _marks(axes, list(short).index(point.method), [point], [point.seconds or 0.0])
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
         plain_log(axes.xaxis)
-        axes.set_xlabel("seconds of the whole run")
-        axes.set_ylabel("gap, nats a token")
-        style(axes, grid="both")
+        _finish(figure, axes, short, "seconds of the whole run", "both")
 
     return draw(
         "gap-time-" + "".join(character if character.isalnum() else "-" for character in pattern),
@@ -334,9 +303,28 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         plot,
         caption="Down and to the left is better.",
         description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
+        height=300 + 18 * (len(short) // 4),
         head=["method", "seconds", "gap"],
         rows=[[p.method, significant(p.seconds), with_error(p.gap, p.spread, 3)] for p in here],
     )
+
+
+def _marks(axes: Any, index: int, found: Sequence[Point], places: Sequence[float], line: str = "") -> None:
+    """Draw the gaps of a method, by its number, with the spread of each."""
+    look = {"fmt": MARKERS[index % 8] + line, "color": SERIES[index % len(SERIES)], "markersize": 6, "capsize": 2}
+    if found:
+        axes.errorbar(places, [p.gap for p in found], yerr=[p.spread or 0.0 for p in found], **look)
+
+
+def _finish(figure: Any, axes: Any, short: dict[str, str], what: str, grid: str) -> None:
+    """Label the axes of gaps, and say which mark is which method's."""
+    axes.set_ylabel("gap, nats a token")
+    axes.set_xlabel(what)
+    style(axes, grid=grid)
+    for index, name in enumerate(short.values()):
+        axes.plot([], [], MARKERS[index % 8], color=SERIES[index % len(SERIES)], label=name)
+    widest = max(map(len, short.values()))
+    figure.legend(loc="outside upper left", ncols=max(1, WIDTH // (60 + 7 * widest)), handlelength=1.2)
 
 
 def _kind(pattern: str) -> tuple[bool, float]:
@@ -346,7 +334,3 @@ def _kind(pattern: str) -> tuple[bool, float]:
     except FistaPrunerError:  # of another version
         return False, 0.0
     return not found.supports_allocation, found.fraction
-
-
-def _marker(index: int) -> str:
-    return "osD^vPX*"[index % 8]

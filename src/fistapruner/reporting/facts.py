@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import printable
-from ..runs.labels import DONE, PHASES, amount_label, methods_label, sets_zeros, training_label
-from ..runs.records import Lineage, ModelFacts, PreferenceFigures, Recovery, Report, Stage, TextSide
+from ..runs.records import (
+    DONE,
+    PHASES,
+    Lineage,
+    ModelFacts,
+    Recovery,
+    Report,
+    Stage,
+    TextSide,
+    amount_label,
+    methods_label,
+    sets_zeros,
+    training_label,
+)
 from ..runtime.show import (
+    align_columns,
     count,
     counted,
     duration,
@@ -60,31 +73,24 @@ def preference_facts(report: Report) -> list[Fact]:
     found = report.alignment
     if found is None:
         return []
-    after, before, dense = (found.test.get(name) for name in ("aligned", "pruned", "dense"))
-    pairs = counted(found.test_pairs, "test pair")
+    against, pairs = references_text(report), counted(found.test_pairs, "test pair")
+    sides = [found.test.get(name) for name in ("aligned", "dense", "pruned")]
     tests = [
         f"against {name} {each.lost} lost, {each.won} won, McNemar {p_value(each.p_value)}"
-        for name, each in (("before", before), ("dense", dense))
+        for name, each in (("before", sides[2]), ("dense", sides[1]))
         if each is not None and each.p_value is not None
     ]
-
-    def share(one: PreferenceFigures | None) -> str:
-        return "" if one is None else percent_with_error(one.accuracy, one.accuracy_error)
-
-    def by_token(one: PreferenceFigures | None) -> str:
-        return "" if one is None else percent_with_error(one.normalised, one.normalised_error)
-
-    how, against = "; ".join([pairs, *tests]), references_text(report)
+    shares, by_token = (
+        [
+            "" if each is None else percent_with_error(getattr(each, name), getattr(each, f"{name}_error"))
+            for each in sides
+        ]
+        for name in ("accuracy", "normalised")
+    )
+    how = f"{pairs}; log-probabilities a token"
     rows = [
-        Fact(QUALITY, "Preference accuracy, %", share(after), share(dense), share(before), how),
-        Fact(
-            QUALITY,
-            "Preference accuracy by token, %",
-            by_token(after),
-            by_token(dense),
-            by_token(before),
-            f"{pairs}; log-probabilities a token",
-        ),
+        Fact(QUALITY, "Preference accuracy, %", shares[0], shares[1], shares[2], "; ".join([pairs, *tests])),
+        Fact(QUALITY, "Preference accuracy by token, %", by_token[0], by_token[1], by_token[2], how),
     ]
     if found.margin is not None:
         margin = with_error(found.margin, found.margin_error, 3)
@@ -201,13 +207,8 @@ def pruning_facts(report: Report) -> list[Fact]:
         add("Calibration", windows, file_name(used.source) + (f", {used.how}" if used.how else ""))
     if structure := structure_sentence(report):
         add("Structure", structure)
-        changes = [
-            ("Parameters", report.model.parameters, totals.model_weights, ""),
-            ("FLOP a token", totals.dense_flops_per_token, totals.flops_per_token, " in matrices of layers and head"),
-        ]
-        for label, dense, after, what in changes:
-            if dense and after:
-                add(label, count(after), f"{100 * (after / dense - 1):+.1f} %{what}", count(dense))
+        if (dense := report.model.parameters) and (after := totals.model_weights):
+            add("Parameters", count(after), f"{100 * (after / dense - 1):+.1f} %", count(dense))
     if totals.zeros_share is not None and not report.only_structure:
         whole = "" if any(operator.sparsity == "0%" for operator in report.operators) else "pruned "
         zeros, weights = count(totals.operator_zeros), count(totals.operator_weights)
@@ -349,6 +350,22 @@ def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, st
     if becomes_smaller_packed(report):
         found.append((shell_line("pack", folder, "NEW"), "writes the file without its zeros"))
     return found
+
+
+def summary(report: Report, folder: str | Path = "") -> str:
+    """Write the table that is printed at the end of a run, in ``folder`` or in that of its report."""
+    folder = Path(folder or report.folder or "RUN")
+    rows = [
+        fact.row
+        for fact in facts(report)
+        if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
+    ]
+    rows += [("warning", printable(warning)) for warning in report.warnings]
+    rows.append(("checkpoint", str(folder / "model")))
+    if report.totals.low_rank_weights:
+        rows.append(("adapter", str(folder / "adapter")))
+    rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
+    return align_columns(rows)
 
 
 def length_setting(report: Report) -> str:

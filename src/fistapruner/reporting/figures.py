@@ -83,10 +83,7 @@ def losses(report: Report) -> Drawing | None:
         if found.best is not None:
             label = f"kept: step {found.kept_step}"
             axes.axvline(found.kept_step, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel(f"loss ({found.loss})")
-        style(axes)
+        _by_number(axes, "optimizer step", f"loss ({found.loss})")
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.4)
 
     names = list(found.checks[0].by_task) if found.checks else []
@@ -205,11 +202,8 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes = figure.subplots()
         axes.plot(*_columns(means), "o-", color=SERIES[0], markersize=4.5, label="mean of its operators")
         axes.plot(*_columns(list(output.items())), "s-", color=SERIES[1], markersize=4.5, label="output of the layer")
-        axes.set_xlabel("decoder layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel("relative error, %")
         axes.set_ylim(bottom=0)
-        style(axes)
+        _by_number(axes, "decoder layer", "relative error, %")
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
 
     of = next((layer.relative_error_of for layer in layers if layer.relative_error_of), None)
@@ -237,10 +231,7 @@ def layer_sparsity(report: Report) -> Drawing | None:
         axes = figure.subplots()
         axes.bar(*_columns(rows), width=0.72, color=SERIES[0])
         axes.set_ylim(0, 100)
-        axes.set_xlabel("decoder layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel("zeros, %")
-        style(axes)
+        _by_number(axes, "decoder layer", "zeros, %")
 
     return draw(
         "layer-sparsity",
@@ -251,6 +242,14 @@ def layer_sparsity(report: Report) -> Drawing | None:
         head=["layer", "zeros, %"],
         rows=[[str(index), significant(share, 5)] for index, share in rows],
     )
+
+
+def _by_number(axes: Any, what: str, value: str) -> None:
+    """Label axes of values by whole numbers, of layers or steps."""
+    axes.set_xlabel(what)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel(value)
+    style(axes)
 
 
 def mean_error(layer: LayerEntry) -> float | None:
@@ -265,15 +264,13 @@ def short_names(layers: Sequence[LayerEntry]) -> dict[str, str]:
     ``attn.c_proj`` becomes ``c_proj`` where it is the only one. A short name does not begin with a number: of an
     expert it is ``experts.17.down_proj``.
     """
-    endings = {operator.name: _endings(operator.name) for layer in layers for operator in layer.operators}
+    endings = {}
+    for name in dict.fromkeys(operator.name for layer in layers for operator in layer.operators):
+        parts = name.split(".")
+        starts = [place for place in reversed(range(len(parts))) if not parts[place].isdigit()]
+        endings[name] = [".".join(parts[place:]) for place in starts]
     found = Counter(ending for several in endings.values() for ending in several)
     return {name: next((end for end in several if found[end] == 1), name) for name, several in endings.items()}
-
-
-def _endings(name: str) -> list[str]:
-    """List the last parts of a name that do not begin with a number, the shortest first."""
-    parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(len(parts) - 1, -1, -1) if not parts[place].isdigit()]
 
 
 def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

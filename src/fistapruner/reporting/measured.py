@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import stdev
 from typing import Any
 
+from ..measure import QUANTISE_FIRST
 from ..runs.records import Divergence, Evaluation, Perplexity, Report, TaskResult
 from ..runtime.show import (
     align_columns,
@@ -69,31 +69,13 @@ def input_evaluation(report: Report, after: Evaluation) -> Evaluation | None:
     )
 
 
-def gap_closed(before: Evaluation, after: Evaluation) -> tuple[float, float] | None:
-    """Return the share of the gap to the dense model that training closed, and its standard error.
-
-    With the gaps b and a, ln(perplexity / dense) before and after training, the share is r = 1 - a / b. To first order
-    its error is that of the mean of (a - (1 - r) b) / b over windows. None without a dense model on the same windows,
-    and where the gap is not above twice its own standard error: a share of noise says nothing.
-    """
-    old, new, dense = before.perplexity, after.perplexity, after.reference or before.reference
-    if old is None or new is None or dense is None or not math.isfinite(old.nll - new.nll):
-        return None
-    gap, gaps = old.nll - dense.nll, _differences(old, dense)
-    if not old.measured_on == new.measured_on == dense.measured_on or not gap > 0 or gap <= 2 * _error(gaps):
-        return None
-    left = (new.nll - dense.nll) / gap
-    pairs = zip(_differences(new, dense), gaps, strict=False)
-    return 1 - left, _error([(a - left * b) / gap for a, b in pairs])
-
-
 def quality_facts(report: Report) -> list[Fact]:
     """List what was measured on the result: of a text that was evaluated several times the last figures."""
     last = {(one.perplexity.data, one.perplexity.split): one for one in report.evaluations if one.perplexity}
     facts = []
     for evaluation in report.evaluations:
         if evaluation in last.values():
-            facts += text_facts(evaluation, input_evaluation(report, evaluation), aligned=report.kind == "align")
+            facts += text_facts(evaluation, input_evaluation(report, evaluation))
     tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
     earlier = [task for one in (report.recovery.before if report.recovery else ()) for task in one.tasks]
     return facts + task_facts(tasks, earlier)
@@ -119,11 +101,8 @@ DIVERGENCES: tuple[tuple[str, Callable[[Divergence], str], str], ...] = (
 """What is told of a divergence: label, value, how it was measured."""
 
 
-def text_facts(found: Evaluation, before: Evaluation | None = None, *, aligned: bool = False) -> list[Fact]:
-    """List perplexity and divergence from the dense model on a text, beside those before training.
-
-    An alignment is not made to close the gap to the dense model, so no share of the gap is told of it.
-    """
+def text_facts(found: Evaluation, before: Evaluation | None = None) -> list[Fact]:
+    """List perplexity and divergence from the dense model on a text, beside those before training."""
     text, dense = found.perplexity, found.reference
     facts = []
     if text is not None:
@@ -131,9 +110,6 @@ def text_facts(found: Evaluation, before: Evaluation | None = None, *, aligned: 
         old = perplexity_text(before.perplexity if before else None)
         how = times + perplexity_conditions(text)
         facts.append(Fact(QUALITY, f"Perplexity, {text.data}", perplexity_text(text), perplexity_text(dense), old, how))
-    if before is not None and not aligned and (closed := gap_closed(before, found)) is not None:
-        how = "share of ln(perplexity before / dense), paired over windows"
-        facts.append(Fact(QUALITY, "Gap closed, %", percent_with_error(*closed), how=how))
     if found.divergence is not None:
         start = before.divergence if before else None
         for label, write, how in DIVERGENCES:
@@ -238,18 +214,6 @@ def _reference(task: TaskResult) -> str:
     return "" if task.reference is None else percent_with_error(task.reference, task.reference_standard_error)
 
 
-def _differences(a: Perplexity, b: Perplexity) -> list[float]:
-    """Subtract window by window; empty where the figures of single windows were not recorded."""
-    if len(a.window_nlls) != len(b.window_nlls):
-        return []
-    return [x - y for x, y in zip(a.window_nlls, b.window_nlls, strict=True)]
-
-
-def _error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean; NaN for fewer than two values."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
 
@@ -284,58 +248,58 @@ def size_facts(report: Report) -> list[Fact]:
 
 
 def speed_facts(report: Report) -> list[Fact]:
-    """List speed, memory and size of every form that was measured, against the fastest dense form.
+    """List what ``bench`` measured; a finished run without that has one fact that says so."""
+    if speeds(report):
+        return form_facts(report.speed or {})
+    measurable = report.status == "finished" and not report.stacked_experts
+    return [Fact(SIZE, "Decoding speed, tokens/s", "–", how=NOT_MEASURED)] if measurable else []
 
-    A finished run without measurements has one fact that says so.
-    """
-    rows = [row for row in speeds(report) if row.get("tokens_per_second")]
-    if not rows:
-        measurable = report.status == "finished" and not report.stacked_experts and not speeds(report)
-        return [Fact(SIZE, "Decoding speed, tokens/s", "–", how=NOT_MEASURED)] if measurable else []
+
+def form_facts(measured: Mapping[str, Any]) -> list[Fact]:
+    """List speed, memory and size of every form of a model, against the fastest dense form."""
+    rows = [row for row in measured["speeds"] if row.get("tokens_per_second")]
     best = max((row for row in rows if _form(row) == "dense"), key=_rate, default=None)
     facts = []
     for row in rows:
         spread = " to ".join(significant(value) for value in row.get("tokens_per_second_range", ()))
-        value = significant(_rate(row)) + (f" ({spread})" if spread else "")
-        against = best is not None and row is not best
-        parts = [
-            f"×{significant(_rate(row) / _rate(best))} of {best['variant']}" if best is not None and against else "",
-            *(
-                f"{name} {write(row[key])}"
-                for key, name, write in (
-                    ("first_token", "first token", duration),
-                    ("peak_memory", "peak memory", size),
-                    ("file_size", "file", size),
-                )
-                if row.get(key) is not None
-            ),
-        ]
-        dense = significant(_rate(best)) if best is not None and against else ""
-        how = ", ".join(part for part in parts if part)
-        facts.append(Fact(SIZE, f"Decoding, {row['variant']}, tokens/s", value, dense, how=how))
-    first = rows[0]
-    conditions = [
-        "greedy",
-        f"batch {first['batch']}" if "batch" in first else "",
-        counted(first["prompt"], "prompt token") if "prompt" in first else "",
-        counted(first["tokens"], "new token") if "tokens" in first else "",
-        counted(first["threads"], "thread") if first.get("device") != "cuda" and "threads" in first else "",
-        str(((report.speed or {}).get("machine") or {}).get("cpu") or ""),
-    ]
+        value, dense, how = significant(_rate(row)) + (f" ({spread})" if spread else ""), "", []
+        if best is not None and row is not best:
+            dense, how = significant(_rate(best)), [f"×{significant(_rate(row) / _rate(best))} of {best['variant']}"]
+        for key, name, write in SPEED_PARTS:
+            how += [f"{name} {write(row[key])}"] if row.get(key) is not None else []
+        facts.append(Fact(SIZE, f"Decoding, {row['variant']}, tokens/s", value, dense, how=", ".join(how)))
+    first = rows[0] if rows else {}
+    conditions = ["greedy", f"batch {first['batch']}"] if "batch" in first else ["greedy"]
+    for key, noun in (("prompt", "prompt token"), ("tokens", "new token"), ("threads", "thread")):
+        conditions += [counted(first[key], noun)] if key in first else []
+    conditions += [f"kernel {measured['kernel']}"] if "kernel" in measured else []
+    conditions += [cpu] if (cpu := (measured.get("machine") or {}).get("cpu")) else []
     runs = f"median (range) of {counted(first['runs'], 'run')}" if "runs" in first else "one run"
-    return [*facts, Fact(SIZE, "Speeds", runs, how=", ".join(part for part in conditions if part))]
+    return [*facts, Fact(SIZE, "Speeds", runs, how=", ".join(conditions))] if facts else []
+
+
+SPEED_PARTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("first_token", "first token", duration),
+    ("peak_memory", "peak memory", size),
+    ("file_size", "file", size),
+)
+"""What is told of the speed of a form beside tokens per second: key, name, how it is written."""
+
+
+def speeds_text(measured: Mapping[str, Any]) -> str:
+    """Write the measurements of ``bench`` for the terminal."""
+    return f"{align_columns([fact.row for fact in form_facts(measured)])}\n{QUANTISE_FIRST}"
 
 
 def speeds(report: Report) -> list[dict[str, Any]]:
     """Return the rows of a speed measurement, one for each form of the model."""
-    rows = (report.speed or {}).get("speeds")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return (report.speed or {}).get("speeds") or []
 
 
-def _form(row: dict[str, Any]) -> str:
+def _form(row: Mapping[str, Any]) -> str:
     """Return the form of a row's model: ``dense``, ``packed`` or ``smaller``."""
-    return str(row.get("variant", "")).partition(" ")[0]
+    return str(row["variant"]).partition(" ")[0]
 
 
-def _rate(row: dict[str, Any]) -> float:
+def _rate(row: Mapping[str, Any]) -> float:
     return float(row["tokens_per_second"])

@@ -1,19 +1,23 @@
-"""Write the model card of a run's checkpoint: its source, how it was made, what was measured."""
+"""Write model cards, and render what cards and pages have in common: tables, templates."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
-from ..runs.labels import DONE, OTHERS_BY_NAME, sparsity_label
-from ..runs.records import Report
+from ..runs.records import DONE, OTHERS_BY_NAME, Report, sparsity_label
 from ..settings.prune import WORKLOAD
 from .facts import base_model_name, facts, title_of
+from .figures import Drawing
 from .measured import ORIGIN, QUALITY, SIZE, Fact, becomes_smaller_packed, file_name, speeds
-from .rendering import render
 
 TAGS = ["pruning", "sparsity", "fistapruner"]
 
@@ -152,3 +156,81 @@ def public_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(allocation := recipe.get("allocation"), str) and allocation.startswith(WORKLOAD):
         recipe["allocation"] = WORKLOAD + file_name(allocation.removeprefix(WORKLOAD))
     return recipe
+
+
+# --- pages
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, as texts.
+
+    Args:
+        head, rows: cells; ``numeric``: columns that are set flush right.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; parts without content are not shown.
+
+    Args:
+        title: heading.
+        tables, figures: what it shows; ``note``: a sentence below them.
+        samples: prompts, each with the continuations of the models by name.
+        code: what is shown as it is, under what it is called; the long ones behind a click.
+    """
+
+    title: str
+    tables: Sequence[Table] = ()
+    figures: Sequence[Drawing] = ()
+    note: str = ""
+    samples: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
+    code: Sequence[tuple[str, str]] = ()
+
+
+def page(title: str, *, status: str, about: str, warnings: Sequence[str], sections: Sequence[Section]) -> str:
+    """Render a page: one file that loads nothing.
+
+    Args:
+        title: of the page; ``status``: of the run or comparison; ``about``: a line below the title.
+        warnings: sentences.
+        sections: in order.
+    """
+    shown = [each for each in sections if any(table.rows for table in each.tables) or each.figures or each.code]
+    return render("page.html.j2", title=title, status=status, about=about, warnings=warnings, sections=shown)
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a template of ``templates/``; every text is escaped in HTML."""
+    return _environment().get_template(template).render(values)
+
+
+def moment(time: str | None) -> str:
+    """Format an ISO time to the minute, with its zone: ``2026-01-01 10:08 UTC``."""
+    try:
+        return datetime.fromisoformat(time or "").strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return time or ""
+
+
+def breakable(text: str) -> Markup:
+    """Escape a text for HTML, and let its lines break after signs that join names."""
+    return Markup(re.sub(r"(?<=[,@+/._])(?=[^\W\d])", "<wbr>", str(escape(text))))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fistapruner.reporting"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment

@@ -9,16 +9,14 @@ from pathlib import Path
 from ..errors import FistaPrunerError
 from ..measure import QUANTISE_FIRST
 from ..runs.directory import RunDirectory
-from ..runs.labels import DONE
-from ..runs.records import PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
+from ..runs.records import DONE, PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from ..runtime.show import count, percent
 from .comparison import comparison_page
 from .facts import facts, next_steps, title_of
 from .figures import run_figures
 from .measured import COST, ORIGIN, PRUNING, QUALITY, SIZE, TRAINING
-from .model_card import fact_table, public_recipe, yaml_text
-from .rendering import Section, Table, moment, page
+from .model_card import Section, Table, fact_table, moment, page, public_recipe, yaml_text
 
 MOST_WARNINGS = 20
 """Warnings that a page shows."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError, out_path, printable
-from ..runs.lock import holder
+from ..errors import out_path, printable
+from ..runs.log import holder
 from ..runs.records import FIGURES, RUNS, Recovery, Report, is_comparison, is_run, load_comparison, load_run
-from ..runtime.files import read_json
 from ..runtime.show import align_columns, duration, finite, percent, shell_line
-from .facts import facts, next_steps
 from .figures import mean_error
-from .measured import ORIGIN
 
 RECENT_STEPS = 8
 """Steps whose mean is shown as the training loss: that of one step is noisy."""
@@ -63,7 +59,7 @@ def status(folder: str | Path) -> Status:
             said = f"being prepared by process {at_work['pid']} on {at_work['host']}"
         return Status(f"{folder}: {said}", {"status": "preparing", "working": bool(at_work)})
     report, working = load_run(folder), holder(folder) is not None
-    text = status_text(report, alive=working, evaluates=_evaluates(folder))
+    text = status_text(report, alive=working)
     return Status(text, {**status_facts(report, alive=working), "working": working})
 
 
@@ -79,14 +75,6 @@ def _comparison(folder: Path) -> Status:
     elif runs:
         text += f"\nfor one of its {len(runs)} runs: {shell_line('status', folder / RUNS / '...')}"
     return Status(text, {"rows_done": rows, "working": working, "run": at_work and str(at_work)})
-
-
-def _evaluates(folder: Path) -> bool:
-    """Check that a run was asked to evaluate its result."""
-    with suppress(FistaPrunerError):
-        decision = read_json(folder / "run.json").get("decision")
-        return isinstance(decision, dict) and decision.get("evaluation") is not None
-    return False
 
 
 def status_facts(report: Report, now: datetime | None = None, *, alive: bool | None = None) -> dict[str, Any]:
@@ -148,27 +136,20 @@ def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
 
 def _worked(report: Report, now: datetime) -> float:
     """Return the seconds in which at least one of the finished layers was worked on: workers share them."""
-    spans = []
-    for layer in report.layers:
-        took, ago = sum(layer.seconds.values()), _since(layer.finished, now)
-        if ago is not None:
-            spans.append((-ago - took, -ago))
+    found = ((_since(layer.finished, now), sum(layer.seconds.values())) for layer in report.layers)
     worked, until = 0.0, -math.inf
-    for begin, end in sorted(spans):
+    for begin, end in sorted((-ago - took, -ago) for ago, took in found if ago is not None):
         worked += max(0.0, end - max(begin, until))
         until = max(until, end)
     return worked
 
 
-def status_text(
-    report: Report, *, alive: bool | None = None, evaluates: bool = False, now: datetime | None = None
-) -> str:
+def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
     """Write progress as text, with a line for every finished layer or every check on held-out windows.
 
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
-        evaluates: it was asked to evaluate its result.
         now: time that durations end at; the present by default.
     """
     found = status_facts(report, now, alive=alive)
@@ -177,8 +158,6 @@ def status_text(
         state, error = f"{state}; the last attempt failed: {error}", None
     elif state == "running" and alive is False:
         state = "stopped: no process works on it; give the same command again to go on"
-    elif state == "finished" and alive is not None and evaluates and not found["measured"]:
-        state += ", being measured" if alive else ", not measured: give the same command again"
     elif state == "finished" and alive:
         state += "; a process works on it"
     about = f"{report.model.source}: {report.method}, {report.sparsity}"
@@ -227,24 +206,3 @@ def _since(moment: str | None, now: datetime) -> float | None:
     except ValueError:
         return None
     return max(0.0, (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds())
-
-
-def summary(report: Report, folder: str | Path = "") -> str:
-    """Write the table that is printed at the end of a run.
-
-    Args:
-        report: the finished run.
-        folder: the run directory; where it is not given, that of the report.
-    """
-    folder = Path(folder or report.folder or "RUN")
-    rows = [
-        fact.row
-        for fact in facts(report)
-        if fact.after not in ("", "–") and (fact.section != ORIGIN or fact.label in ("Model", "Lineage"))
-    ]
-    rows += [("warning", printable(warning)) for warning in report.warnings]
-    rows.append(("checkpoint", str(folder / "model")))
-    if report.totals.low_rank_weights:
-        rows.append(("adapter", str(folder / "adapter")))
-    rows += [("next", f"{command}  {what}") for command, what in next_steps(report, folder)]
-    return align_columns(rows)

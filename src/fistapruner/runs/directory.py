@@ -3,7 +3,7 @@
     RUN/
         recipe.yaml                every setting
         run.json                   model, machine, the decisions before the long work, and a checksum
-        lock  log.txt  times.json  who works here, what happened, seconds of every process
+        lock  log.txt  times.json  who works here, what happened, seconds of every process (:mod:`.log`)
         report.json  report.html   the report
         model/  model.json         the finished checkpoint; checksums of its weight files, names of its other files
         adapter/                   low-rank parts of the operators, where the recipe asks for them
@@ -19,7 +19,7 @@ Of a pruning run:
 Of a run that trains:
 
         windows.safetensors        training text or pairs: token ids, which carry loss, which are held out or tested
-        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.teacher`)
+        teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.loss`)
         references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.references`)
         steps.jsonl  states/       one line a step (:mod:`.steps`); the newest training states (:mod:`.store`)
 """
@@ -63,9 +63,9 @@ from ..text import tokens_sha256
 from ..text.pairs import Pairs
 from ..text.training import TrainingText
 from .log import TIMES
-from .records import LayerEntry, Record, Report, is_run, load_run, parse
+from .records import Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
-from .store import Snapshots, Store
+from .store import LayerJournal, Snapshots
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
@@ -88,19 +88,8 @@ UNREADABLE = (FistaPrunerError, OSError, KeyError, ValueError, TypeError)
 R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
-class ModelRecord(Record):
-    """Hold ``model.json``: the files of the checkpoint of a run, weights with a sampled hash."""
-
-    fingerprint: str
-    files: dict[str, str | None]
-
-
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
+    """Refuse an output folder that is a file, or whose path is not UTF-8."""
     require_utf8(out)
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
@@ -137,26 +126,20 @@ class RunDirectory(Generic[R_co]):
     # --- the place
 
     def check_place(self) -> None:
-        """Refuse a place that is neither new, nor empty, nor a run, or that has others' files in it.
-
-        Raises:
-            FistaPrunerError: names what is in the way.
-        """
+        """Refuse a place that is neither new, nor empty, nor a run, or that has others' files in it."""
         refuse_out(self.folder)
-        if self.folder.is_dir() and not self.run_file.exists() and (others := self._foreign()):
+        if self.run_file.exists():
+            return
+        ours = rf"{EARLY}|lock|{self.text_name}\.safetensors{re.escape(PARTIAL)}"
+        with suppress(*UNREADABLE):
+            if DRAWING in SafetensorsFile(self.text_file).metadata:
+                ours += rf"|{self.text_name}\.safetensors|{DRAWN}"
+        others = [path.name for path in entries(self.folder) if not re.fullmatch(ours, path.name)]
+        if others:
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
             raise FistaPrunerError(
                 f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
             )
-
-    def _foreign(self) -> list[str]:
-        """Names in a folder without ``run.json`` that no stopped attempt at a run has left there."""
-        text = self.text_name
-        names = rf"{EARLY}|lock|{text}\.safetensors{re.escape(PARTIAL)}"
-        with suppress(*UNREADABLE):
-            if DRAWING in SafetensorsFile(self.text_file).metadata:
-                names += rf"|{text}\.safetensors|{DRAWN}"
-        return [path.name for path in entries(self.folder) if not re.fullmatch(names, path.name)]
 
     @contextmanager
     def created(self) -> Iterator[None]:
@@ -187,28 +170,23 @@ class RunDirectory(Generic[R_co]):
         """
         if not self.run_file.exists():
             return None
-        content, fault = {}, ""
         try:
-            content = read_sealed_json(self.run_file)
+            content, fault = read_sealed_json(self.run_file), ""
         except OSError as error:
             raise unreadable(self.run_file, error) from None
         except ValueError as error:
-            fault = f"{self.run_file} is damaged ({error})"
-        if not fault and content.pop("format", 0) != FORMAT:
+            content, fault = {"format": FORMAT, "kind": self.verb}, f"{self.run_file} is damaged ({error})"
+        if content.pop("format", 0) != FORMAT:
             by = (content.get("versions") or {}).get("fistapruner", "unknown")
             fault = f"{self.run_file} was written by another release of fistapruner ({by}), in another format"
-        elif not fault and self.verb not in (None, found := content.get("kind", "prune")):
+        elif self.verb not in (None, found := content.get("kind", "prune")):
             fault = f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}"
         if fault:
             raise FistaPrunerError(f"{fault}: name another folder")
         return cast("R_co", parse(self.schema, content, str(self.run_file)))
 
     def begun_record(self) -> R_co:
-        """Read ``run.json`` of a run that was begun.
-
-        Raises:
-            FistaPrunerError: as for :meth:`record`, or there is none.
-        """
+        """Read ``run.json`` of a run that was begun; a FistaPrunerError says that there is none."""
         if (record := self.record()) is None:
             raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
         return record
@@ -223,11 +201,7 @@ class RunDirectory(Generic[R_co]):
         write_text_atomic(self.recipe_file, text)
 
     def read_report(self) -> Report:
-        """Read ``report.json``.
-
-        Raises:
-            FistaPrunerError: it is missing or damaged, or a newer release wrote it.
-        """
+        """Read ``report.json``; a FistaPrunerError says that it is missing, damaged or of a newer release."""
         return parse(Report, read_json(self.report_file), str(self.report_file))
 
     def write_report(self, report: Report) -> None:
@@ -258,12 +232,11 @@ class RunDirectory(Generic[R_co]):
         files = dict.fromkeys(sorted(self._model_names())) | weights
         write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": files})
 
-    def model_record(self) -> ModelRecord | None:
-        """Read ``model.json``; None where it is missing or damaged."""
-        try:
-            return ModelRecord.model_validate(read_sealed_json(self.model_file))
-        except (OSError, ValueError):
-            return None
+    def model_record(self) -> dict[str, Any] | None:
+        """Read ``model.json``: ``fingerprint`` of the run, and ``files``; None where it is missing or damaged."""
+        with suppress(OSError, ValueError):
+            return read_sealed_json(self.model_file)
+        return None
 
     def model_fault(self, fingerprint: str) -> str | None:
         """Find what is wrong with the finished checkpoint; None where nothing is.
@@ -274,14 +247,14 @@ class RunDirectory(Generic[R_co]):
         record = self.model_record()
         if not self.model.is_dir():
             return f"{self.model} is gone"
-        for name, sampled in record.files.items() if record else ():
+        for name, sampled in record["files"].items() if record else ():
             if name != CARD and not (path := self.model / name).is_file():
                 return f"{path} is gone"
             if sampled is not None and sampled_sha256(self.model / name) != sampled:
                 return f"{self.model / name} is damaged: its checksum is not the one it was written with"
         try:
             found = read_json(self.model / PRUNING_RECORD)
-            if found.get("fingerprint") != fingerprint or (record is not None and record.fingerprint != fingerprint):
+            if found.get("fingerprint") != fingerprint or (record is not None and record["fingerprint"] != fingerprint):
                 return f"{self.model} is not of this run, or is damaged"
             Checkpoint.open(self.model)
             for path in (self.model / name for name in READ_BY_TRANSFORMERS):
@@ -294,13 +267,9 @@ class RunDirectory(Generic[R_co]):
         return None
 
     def check_model(self) -> None:
-        """Refuse a checkpoint that is to be removed and holds files that this run did not write.
-
-        Raises:
-            FistaPrunerError: names the first of them.
-        """
+        """Refuse a checkpoint that is to be removed and holds files that this run did not write."""
         record = self.model_record()
-        own = {*record.files, CARD} if record else set()
+        own = {*record["files"], CARD} if record else set()
         if others := sorted(self._model_names() - own):
             lost = "" if record else " as far as is known: its model.json is gone"
             raise FistaPrunerError(
@@ -309,12 +278,9 @@ class RunDirectory(Generic[R_co]):
             )
 
     def remove_model(self) -> None:
-        """Remove the checkpoint, or what a killed attempt has left of it.
+        """Remove the checkpoint, or what a killed attempt has left of it, unless it holds files of others.
 
         ``model.json`` stays: it tells whose the files are.
-
-        Raises:
-            FistaPrunerError: the folder holds other files. Nothing is removed then.
         """
         self.check_model()
         remove_folder(self.model)
@@ -328,25 +294,6 @@ class RunDirectory(Generic[R_co]):
     def _model_names(self) -> set[str]:
         files = (path for path in self.model.rglob("*") if not path.is_dir())
         return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
-
-
-class LayerJournal(Store):
-    """The decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
-
-    def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
-        """Store a finished layer: its pruned tensors by name, and its part of the report."""
-        self.put(entry.index, fingerprint, weights, entry.model_dump(mode="json"))
-
-    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
-        """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
-        content = self.get(index, fingerprint)
-        return None if content is None else LayerEntry.model_validate(content)
-
-    def remove_weights(self) -> None:
-        """Remove the tensors of all layers, which are as large as the model; their records stay."""
-        for path in self._own():
-            if path.suffix != ".json":
-                path.unlink()
 
 
 class PruneDirectory(RunDirectory[PruneRecord]):
@@ -453,8 +400,8 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
         tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
         if isinstance(text, Pairs):
             tensors["test"] = text.test
-        about = {"tasks": text.tasks, "facts": text.facts, "documents": sorted(text.documents)}
-        write_tensors(self.text_file, tensors, {DRAWING: "", "about": json.dumps(about)})
+        about = json.dumps({"tasks": text.tasks, "facts": text.facts})
+        write_tensors(self.text_file, tensors, {DRAWING: "", "about": about})
 
     def text(self) -> TrainingText | None:
         """Read the training text, or the pairs; None where they are gone or damaged."""
@@ -464,8 +411,8 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             flags = ("marks", "held_out", "test")
             tensors = {name: file.read(name) for name in file.entries}
             fields: dict[str, Any] = {name: t.bool() if name in flags else t for name, t in tensors.items()}
-            about |= {"tasks": tuple(about["tasks"]), "documents": frozenset(about["documents"])}
-            return (Pairs if "test" in tensors else TrainingText)(**fields, **about)
+            kind = Pairs if "test" in tensors else TrainingText
+            return kind(**fields, tasks=tuple(about["tasks"]), facts=about["facts"])
         return None
 
 

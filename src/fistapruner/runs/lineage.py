@@ -22,11 +22,7 @@ from .records import Lineage, Report, Stage, StageFigures
 
 
 def read_lineage(record: Mapping[str, Any], folder: Path) -> Lineage | None:
-    """Read the lineage in ``fistapruner.json`` of a model's folder; None where there is none.
-
-    Raises:
-        FistaPrunerError: it cannot be read.
-    """
+    """Read the lineage in ``fistapruner.json`` of a model's folder; None where there is none."""
     try:
         return Lineage.model_validate(found) if (found := record.get("lineage")) else None
     except ValidationError as error:
@@ -75,7 +71,7 @@ def stage_of(report: Report) -> Stage:
         command=report.command,
         finished=report.finished,
         fingerprint=report.fingerprint,
-        settings={key: value for key, value in report.settings.items() if key != "execution"},
+        settings={key: value for key, value in report.recipe.items() if key != "execution"},
         versions=report.versions,
         figures=StageFigures(
             operator_weights=report.totals.operator_weights,

@@ -1,19 +1,21 @@
-"""What a run says and notes on its way: listener, ``log.txt``, ``times.json``, ``steps.jsonl``.
+"""What a run says and notes on its way, and who works on it: ``log.txt``, ``times.json``, ``lock``.
 
 No result depends on these files: what is torn or damaged in them is lost and no more.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import NonNegativeFloat, TypeAdapter
@@ -28,6 +30,17 @@ log = logging.getLogger("fistapruner")
 
 TIMES = "times.json"
 SECONDS = TypeAdapter(list[NonNegativeFloat])
+
+LOCK = "lock"
+
+TRIES, PAUSE = 10, 0.05
+"""How often, and after how many seconds each, a lock is tried: :func:`holder` takes it for a moment."""
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What ``flock`` says on file systems that have none, where no second process can be refused."""
+
+
+# --- who listens
 
 
 class Listener:
@@ -63,6 +76,7 @@ class Logged(Listener):
     def __init__(self, listener: Listener, after_layer: Callable[[], None] = lambda: None) -> None:
         self._listener = listener
         self._after_layer = after_layer
+        self.tick, self.end = listener.tick, listener.end  # type: ignore[method-assign]
 
     def say(self, message: str) -> None:
         log.info(message)
@@ -83,12 +97,6 @@ class Logged(Listener):
             log.warning(warning)
         self._after_layer()
         self._listener.layer(entry)
-
-    def tick(self, what: str, done: int, total: int) -> None:
-        self._listener.tick(what, done, total)
-
-    def end(self) -> None:
-        self._listener.end()
 
 
 class _LogFile(logging.FileHandler):
@@ -123,6 +131,9 @@ def log_file(path: Path) -> Iterator[None]:
         log.setLevel(before)
         with suppress(OSError):  # a full disk: what ended the block is reported
             handler.close()
+
+
+# --- how long it takes
 
 
 class Times:
@@ -165,8 +176,11 @@ def spent(folder: Path) -> Iterator[Times]:
         raise
 
 
+# --- the steps of a run that trains
+
+
 class StepJournal:
-    """The journal of training steps, open for appending. Use it as a context manager.
+    """The journal of training steps, ``RUN/steps.jsonl``, open for appending. Use it as a context manager.
 
     A line is a JSON object with the key ``step`` (from 1; step 0 has the check before training), a tab and the CRC-32
     of the object's text. A torn or damaged line ends the journal.
@@ -180,12 +194,15 @@ class StepJournal:
         self.path = path
         self._end = max((end for line, end in _lines(path) if line["step"] <= last), default=0)
         self._descriptor = open_file(path)
-
-    def __enter__(self) -> Self:
-        with disk_errors(self.path):
+        with disk_errors(path):
             if os.fstat(self._descriptor).st_size > self._end:  # its date is that of the last step
                 os.ftruncate(self._descriptor, self._end)
+
+    def __enter__(self) -> Self:
         return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Append a line; it is on the disk after :meth:`sync`."""
@@ -200,29 +217,80 @@ class StepJournal:
         with disk_errors(self.path):
             os.fsync(self._descriptor)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self.sync()
-        finally:
-            os.close(self._descriptor)
-
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a journal of steps, up to the first that is torn or damaged."""
     return [line for line, _ in _lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:
-    """Read the whole lines of a journal, each with the offset behind it."""
-    found: list[tuple[dict[str, Any], int]] = []
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the whole lines of a journal, each with the offset behind it."""
     end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         text, _, check = line.rpartition(b"\t")
         if not text or check != b"%08x\n" % zlib.crc32(text):
-            break
+            return
         end += len(line)
-        found.append((json.loads(text), end))
-    return found
+        yield json.loads(text), end
+
+
+# --- who works here
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run directory while the block runs: its lock, with the host and process id for messages.
+
+    The kernel drops the lock when the holder dies, so a file that nobody keeps locked is taken over. The package
+    ``filelock`` empties the file before it has the lock.
+
+    Raises:
+        FistaPrunerError: another process holds it.
+    """
+    path = folder / LOCK
+    for _ in range(TRIES):
+        descriptor = open_file(path)
+        with disk_errors(path), suppress(FileNotFoundError):  # its last holder removes it
+            if _lock(descriptor, fcntl.LOCK_EX) and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                break
+        os.close(descriptor)
+        time.sleep(PAUSE)
+    else:
+        found = holder(folder) or {"pid": "unknown", "host": "unknown"}
+        by = f"process {found['pid']} on the host {found['host']}"
+        raise FistaPrunerError(f"{folder} is in use by {by}: wait for it, or end it and try again")
+    try:
+        with disk_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Return the record (``host``, ``pid``) of the process that works on a run; None where none does."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            if _lock(file.fileno(), fcntl.LOCK_SH):
+                return None
+            record = json.loads(file.read())
+            return {name: record[name] for name in ("host", "pid")}
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):  # it is just starting
+        return {"host": "unknown", "pid": "unknown"}
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file without waiting; False where another process has it locked."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True

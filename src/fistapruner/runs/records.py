@@ -7,7 +7,8 @@ misunderstand raises :data:`VERSION`. Reading needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,8 @@ from pydantic import (
 from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
 from ..runtime.machine import Machine
-from ..runtime.show import finite, percent, shell_line
-from .labels import amount_label, methods_label, removed_label, sets_zeros, training_label
+from ..runtime.show import finite, percent, shell_line, short_count
+from ..settings.structure import Remove, compensation_of
 from .log import read_steps
 
 VERSION = 1
@@ -43,6 +44,31 @@ CURVE_POINTS = 500
 
 AFTER = ("evaluation", "samples")
 """Phases of ``time_split`` that come after ``seconds``."""
+
+DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
+"""What a run has done to its model, by the kind of the run."""
+
+PHASES = {
+    "calibration": "calibration text",
+    "sensitivity": "measuring the dense model",
+    "capture": "passes through the model",
+    "gram": "sums over the calibration text",
+    "problem": "preparing the solver",
+    "structure": "choosing channels",
+    "solve": "choosing zeros and weights",
+    "reconstruct": "training decoder layers",
+    "io": "files",
+    "report": "measuring errors",
+    "plain": "timing a plain pass",
+    "train": "training and its checks",
+    "write": "writing the checkpoint",
+    "evaluation": "evaluation",
+    "samples": "sample prompts",
+}
+"""Phases of a run's time, in words."""
+
+OTHERS_BY_NAME = ", others by name"
+"""Follows the sparsity of a recipe whose allocation gives operators that it names another one."""
 
 Kind = Literal["prune", "recover", "align", "merge"]
 """The verb that a run belongs to; ``merge`` is that of an adapter."""
@@ -68,11 +94,7 @@ class Record(BaseModel):
 
 
 def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
-    """Validate ``data``.
-
-    Raises:
-        FistaPrunerError: it is of a newer version, or does not have the schema.
-    """
+    """Validate ``data``; a FistaPrunerError says that it is of a newer version or no such record."""
     try:
         if (version := data.get("version", VERSION)) != VERSION:
             raise ValueError(f"it has version {version!r}: this program reads {VERSION}, update it")
@@ -86,19 +108,82 @@ def share_of(part: int | None, whole: int | None) -> float | None:
     return part / whole if whole and part is not None else None
 
 
+# --- recipes, as records hold them, in words
+
+
+def sets_zeros(recipe: Mapping[str, Any]) -> bool:
+    """Check whether a recipe sets weights to zero, in all operators or in some that its allocation names."""
+    allocation = recipe.get("allocation")
+    named = allocation.values() if isinstance(allocation, Mapping) else ()
+    return any(str(pattern) != "0%" for pattern in (recipe.get("sparsity"), *named))
+
+
+def sparsity_label(recipe: Mapping[str, Any]) -> str:
+    """Write the sparsity of a recipe: ``2:4``, ``mixed n:4 (45.4%)``, ``2:4, others by name``."""
+    sparsity, allocation = str(recipe.get("sparsity", "")), recipe.get("allocation")
+    if allocation == "error" and (n_of_m := re.fullmatch(r"(\d+):(\d+)", sparsity)):
+        n, m = map(int, n_of_m.groups())
+        return f"mixed n:{m} ({100 * (m - n) / m:g}%)"
+    others = isinstance(allocation, Mapping) and any(str(other) != sparsity for other in allocation.values())
+    return sparsity + OTHERS_BY_NAME if others else sparsity
+
+
+def amount_label(recipe: Mapping[str, Any]) -> str:
+    """Say what a recipe removes or adds: ``2:4``, ``structure 25% and 2:4``, ``2:4 + rank 16``."""
+    removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
+    if not removed:
+        return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
+    return f"structure {removed_label(removed)}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+
+
+def removed_label(remove: Any) -> str:
+    """Write how much is removed, as on the command line: ``25%`` or ``mlp=20%,heads=1``."""
+    return str(Remove.model_validate(remove))
+
+
+def methods_label(recipe: Mapping[str, Any]) -> str:
+    """Write how a recipe prunes, the choice of structure first: ``obs+refit, wanda+refit``."""
+    steps, structure = recipe.get("method") or "", recipe.get("structure") or {}
+    steps = [steps] if isinstance(steps, str) else steps  # of a mapping, its one key is the name
+    chain = "+".join(step if isinstance(step, str) else next(iter(step)) for step in steps)
+    remove = structure.get("remove")
+    if not remove:
+        return chain
+    units = list(Remove.model_validate(remove).model_dump())
+    own = ["reap"] if "experts" in units else []
+    if units != ["experts"]:
+        method = structure.get("method", "obs")
+        how = compensation_of(method, structure.get("compensate", "auto"))
+        own.insert(0, method + ("" if how == "none" else f"+{how}"))
+    return ", ".join([*own, *([chain] if sets_zeros(recipe) else [])])
+
+
+def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``, ``aligned: lora, dpo``.
+
+    Args:
+        kind: of the run; ``settings``: its recipe, resolved.
+        tokens: with loss, passed in training; None where that is not known.
+    """
+    optimizer, loss, anchor = (settings.get(key) for key in ("optimizer", "loss", "anchor"))
+    parts = [settings.get("parameters"), None if optimizer == "adamw" else optimizer]
+    parts += [f"{loss} + anchor {anchor:g}" if anchor and loss != "none" else loss]
+    parts += [f"{short_count(tokens)} tokens with loss" if tokens else None]
+    return ": ".join(filter(None, (DONE[kind], ", ".join(str(part) for part in parts if part))))
+
+
 # --- what an evaluation returns: numbers, each beside the text, window length and precision it needs
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of one model on one text.
+    """Perplexity of one model on one text; likelihoods are in nats a token, errors are over windows.
 
     Args:
         data: name of the data set or file; ``split``: its split, for a local file ``file``.
         windows: number of non-overlapping windows; ``seqlen``: tokens in one; ``tokens``: predicted tokens.
         bos: where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (first of every one).
         dtype: precision of the forward pass.
-        nll: mean negative log-likelihood of a token, in nats; ``perplexity``: its exp. Errors are over windows.
         text_sha256: hash of the windows' token ids; ``window_nlls``: mean token NLL of each, to six decimals.
     """
 
@@ -126,10 +211,8 @@ class Perplexity:
 class Divergence:
     """How far a model's next-token distributions are from a reference model's, on the same tokens.
 
-    Args:
-        kl: mean over tokens of KL(reference || model), in nats.
-        top1_agreement: share of tokens where both models' most likely next token is the same.
-        nll_difference: mean NLL of the model minus that of the reference. Errors are over windows, this one paired.
+    ``kl`` is the mean of KL(reference || model) in nats, ``top1_agreement`` the share of tokens whose most likely next
+    token is the same, ``nll_difference`` the model's mean NLL minus the reference's. Errors are over windows.
     """
 
     kl: Loss
@@ -145,13 +228,12 @@ class TaskResult:
     """Score of a zero-shot task, alone or beside a reference model on the same items.
 
     Args:
-        task: its name; ``items``: number of questions; ``shots``: examples in the prompt.
         metric: what ``value`` is: ``acc``, ``acc_norm``, ``exact_match``; after a comma how answers were filtered.
+        items: number of questions, of ``available`` where not all are taken; ``shots``: examples in the prompt.
         reference: score of the reference model on the same items. Errors are over items.
         lost, won: items that only the reference model, or only this model, gets right; ``p_value``: exact McNemar test
             of them. None where items are not just right or wrong.
         source: where the items came from; ``items_sha256``: hash of the items themselves.
-        available: items that the task has, where ``items`` are only its first so many.
         dtype: precision of weights and passes.
     """
 
@@ -192,8 +274,6 @@ class Evaluation:
     Args:
         model: what was evaluated, as the user named it; ``against``: the reference (dense) model.
         perplexity: of ``model``; ``reference``: of ``against``; ``divergence``: between them, on the same tokens.
-        tasks: zero-shot results.
-        seconds: wall time of the call; ``device``: that ran it.
         low_rank: additional weights of the low-rank part that was added to ``model``.
     """
 
@@ -254,7 +334,7 @@ class RemovalEntry(Record):
     Args:
         unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
         kept: of experts, the numbers in the dense model of those that stay.
-        producers, consumer: the operators that write and read the channels.
+        consumer: the operator that reads the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
             ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
@@ -266,7 +346,6 @@ class RemovalEntry(Record):
     before: int
     after: int
     kept: list[int] | None = None
-    producers: list[str] = []
     consumer: str = ""
     method: str = ""
     compensate: str = ""
@@ -404,13 +483,10 @@ class ZeroCounts(Record):
 
 
 class Totals(ZeroCounts):
-    """Sums over the run.
+    """Sums over the run, of the operators that it prunes or trains.
 
     Args:
-        operator_weights, operator_zeros: in the operators that the run prunes or trains. ``model_weights``: of the
-            whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
-        dense_flops_per_token, flops_per_token: of the matrices of decoder layers and head, before and after channels
-            were removed; None where none were.
+        model_weights: of the whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
         seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
         checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
@@ -420,8 +496,6 @@ class Totals(ZeroCounts):
 
     model_weights: int | None = None
     model_zeros: int | None = None
-    dense_flops_per_token: int | None = None
-    flops_per_token: int | None = None
     seconds: float | None = None
     time_split: dict[str, Number] = {}
     peak_memory: int | None = None
@@ -636,14 +710,14 @@ class Report(Record):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Return what ``repr`` shows: the whole would be tens of thousands of characters."""
-        yield from {"kind": self.kind, "status": self.status, "model": self.model.source}.items()
         totals = self.totals
-        figures: dict[str, Any] = {name: getattr(totals, name) for name in ("operator_weights", "operator_zeros")}
-        figures |= {"error": self.error, "seconds": totals.seconds}
+        figures: dict[str, Any] = {"model": self.model.source, "error": self.error, "seconds": totals.seconds}
+        figures |= {"operator_weights": totals.operator_weights, "operator_zeros": totals.operator_zeros}
         for name, side in (("perplexity", "perplexity"), ("dense_perplexity", "reference")):
             texts = [found for each in self.evaluations if (found := getattr(each, side))]
             figures[name] = {text.data: text.perplexity for text in texts} or None
-        yield from ((name, value) for name, value in figures.items() if value is not None)
+        figures = {name: value for name, value in figures.items() if value is not None}
+        yield from {"kind": self.kind, "status": self.status, **figures}.items()
 
     @property
     def operators(self) -> list[OperatorEntry]:
@@ -713,19 +787,10 @@ class Report(Record):
         return sum(errors) / len(errors) if errors else None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe; compensation by a bias is none where no operator had one."""
-        done = {removal.compensate for layer in self.layers for removal in layer.removals if removal.kept is None}
-        structure = self.recipe.get("structure")
-        if done != {"none"} or not structure:
-            return self.recipe
-        return {**self.recipe, "structure": {**structure, "compensate": "none"}}
-
-    @property
     def method(self) -> str:
         """Method chain as the command line writes it, with a removal's; of a recovery run what was trained."""
         if self.recovery is None:
-            return methods_label(self.settings)
+            return methods_label(self.recipe)
         found = self.recovery
         settings = {**self.recipe, "parameters": found.parameters, "loss": found.loss}
         return training_label(self.kind, settings, found.tokens if self.status == "finished" else None)
@@ -774,10 +839,8 @@ class CompareRow(Totals):
         text = f" and {percent(more)} more weights" if more else ""
         if removed := (self.settings.get("structure") or {}).get("remove"):
             parameters = share_of(self.model_weights, self.dense_weights)
-            flops = share_of(self.flops_per_token, self.dense_flops_per_token)
-            less = {"parameters": parameters, "FLOP a token": flops}
-            how = ", ".join(f"−{percent(1 - share)} {what}" for what, share in less.items() if share is not None)
-            text += f" (structure {removed_label(removed)} removed{how and f': {how}'})"
+            how = "" if parameters is None else f": −{percent(1 - parameters)} parameters"
+            text += f" (structure {removed_label(removed)} removed{how})"
         return text
 
 
@@ -819,13 +882,10 @@ def is_run(folder: str | Path) -> bool:
 
 
 def load_run(folder: Path) -> Report:
-    """Read the report of a run directory, finished or not.
-
-    Of an unfinished run the layers that are done come from ``layers/NNNN.json``, but those of another fingerprint, and
-    steps from ``steps.jsonl``.
+    """Read the report of a run directory; of an unfinished run with the layers and steps that are done.
 
     Raises:
-        FistaPrunerError: ``folder`` holds neither file, or they are broken.
+        FistaPrunerError: ``folder`` holds neither report nor run, or they are broken.
     """
     name = next((name for name in ("report.json", "run.json") if (folder / name).is_file()), None)
     if name is None:

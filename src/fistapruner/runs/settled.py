@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,11 @@ from torch import Tensor
 from ..errors import A_TEXT, FistaPrunerError, explain, path_text, with_name
 from ..models.checkpoint import Checkpoint
 from ..models.source import ModelSource
-from ..runtime.devices import choose_device, device_title
 from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from ..runtime.machine import versions
 from ..runtime.show import shell_line
-from ..settings.base import Execution
 from ..settings.prune import Recipe, SparsitySetting
 from ..settings.train import TrainingRecipe
-from .log import Listener
 from .records import Report
 
 if TYPE_CHECKING:
@@ -54,12 +50,9 @@ class Numerics(Frozen):
 
 
 class EvaluationRequest(Frozen):
-    """The text on which a run evaluates its result.
+    """The text on which a run evaluates its result, as for :func:`fistapruner.evaluate`.
 
-    Args:
-        data: name of a data set, or a file, as for :func:`fistapruner.evaluate`.
-        windows: only its first so many windows; None takes all.
-        seqlen: tokens in a window; None is that of the run's own text.
+    Without ``windows`` all are taken; without ``seqlen`` a window has as many tokens as one of the run's own text.
     """
 
     data: str
@@ -111,7 +104,7 @@ class TrainingDecision(RunDecision):
     """What a run that trains decides.
 
     Args:
-        asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
+        asked: settings of the recipe as they were asked for, with ``auto`` unresolved.
         checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input.
@@ -139,13 +132,13 @@ class RunRecord(Report):
 
 
 class PruneRecord(RunRecord):
-    """The content of a pruning run's ``run.json``."""
+    """What ``run.json`` holds of a pruning run."""
 
     decision: PruneDecision
 
 
 class TrainingRecord(RunRecord):
-    """The content of the ``run.json`` of a run that trains."""
+    """What ``run.json`` holds of a run that trains."""
 
     decision: TrainingDecision
 
@@ -188,15 +181,11 @@ def text_sha256(recipe: Recipe) -> str | None:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-# --- the rule of going on
+# --- the rule of going on; each of these refuses with a FistaPrunerError that says what differs
 
 
 def refuse_another(run: RunDirectory, difference: str, advice: str = "") -> None:
-    """Refuse to go on with another run than the one that is asked for.
-
-    Raises:
-        FistaPrunerError: says how it differs.
-    """
+    """Refuse to go on with another run than the one that is asked for."""
     raise FistaPrunerError(f"--out {run.folder} holds a run {difference}: name another folder{advice}")
 
 
@@ -224,27 +213,10 @@ def refuse_other_versions(run: RunDirectory, record: RunRecord) -> None:
 
 
 def refuse_overlap(source: str | Path, out: Path) -> None:
-    """Refuse an output folder that is, or holds, the model that is read.
-
-    Raises:
-        FistaPrunerError: names both.
-    """
+    """Refuse an output folder that is, or holds, the model that is read."""
     inner, outer = Path(source).resolve(), out.resolve()
     if inner.exists() and (inner == outer or outer in inner.parents):
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
-
-
-def refuse_lost_text(known: EvaluationRequest | None) -> None:
-    """Refuse to resume a run whose text to evaluate on is a file that is gone.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    if known is not None and os.path.isabs(known.data) and not Path(known.data).exists():
-        raise FistaPrunerError(
-            f"the text {known.data}, which this run evaluates on, is gone: give its command again with another "
-            "--evaluate, or with --evaluate none"
-        )
 
 
 def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,11 +228,7 @@ def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
-    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``.
-
-    Raises:
-        FistaPrunerError: what is no name of a text, or a number of windows that is none or has no effect.
-    """
+    """Return the request to evaluate on a text, a file by its absolute path; None for ``none``."""
     if evaluate in (None, "none"):
         if windows is not None:
             raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
@@ -270,16 +238,6 @@ def evaluation_on(evaluate: str | Path | None, windows: Any) -> EvaluationReques
         return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
     except ValidationError as error:
         raise FistaPrunerError(f"evaluate_{explain(error)}") from None
-
-
-def execution_here(execution: Execution, listener: Listener) -> Execution:
-    """Choose another device for a run that goes on where its own is not, and say so."""
-    try:
-        choose_device(execution.device)
-    except FistaPrunerError as error:
-        listener.say(f"{error}; this run goes on with {device_title(choose_device('auto'))}")
-        return execution.model_copy(update={"device": "auto"})
-    return execution
 
 
 def absolute(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run keeps of finished work: numbered tensors, each with a sealed record.
+"""What a run keeps of finished work: layers and training states, each with a sealed record.
 
 A part is NNNN.safetensors and NNNN.json. The JSON is written last, and has the run's fingerprint and the checksum of
 the tensors. A part counts if it is whole and of this run; any other is made again.
@@ -25,6 +25,7 @@ from ..runtime.files import (
     sha256_file,
     write_sealed_json,
 )
+from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 
@@ -69,8 +70,8 @@ class Store:
         seal = {"fingerprint": fingerprint, "number": number, "sha256": sha256_file(file)}
         write_sealed_json(record, {**content, "file": seal})
 
-    def get(self, number: int, fingerprint: str, *, tensors: bool = True) -> dict[str, Any] | None:
-        """Read the JSON of a part; None, with the reason in the log, where it (or its tensors) does not count."""
+    def get(self, number: int, fingerprint: str) -> dict[str, Any] | None:
+        """Read the JSON of a part; None, with the reason in the log, where it or its tensors do not count."""
         file, record = self.files(number)
         if not record.exists():
             return None
@@ -79,7 +80,7 @@ class Store:
             seal = content.pop("file")
             if (seal["fingerprint"], seal["number"]) != (fingerprint, number):
                 raise ValueError("it is of another run, or another part")
-            if tensors and sha256_file(file) != seal["sha256"]:
+            if sha256_file(file) != seal["sha256"]:
                 raise ValueError(f"{file.name} is not the file it was written with")
             return content
         except (OSError, ValueError, KeyError, TypeError, FistaPrunerError) as error:
@@ -94,6 +95,25 @@ class Store:
         return entries(self.folder, PART_FILE)
 
 
+class LayerJournal(Store):
+    """The decoder layers of a run: each is stored when it is finished, so a kill loses one at most."""
+
+    def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
+        """Store a finished layer: its pruned tensors by name, and its part of the report."""
+        self.put(entry.index, fingerprint, weights, entry.model_dump(mode="json"))
+
+    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
+        """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
+        content = self.get(index, fingerprint)
+        return None if content is None else LayerEntry.model_validate(content)
+
+    def remove_weights(self) -> None:
+        """Remove the tensors of all layers, which are as large as the model; their records stay."""
+        for path in self._own():
+            if path.suffix != ".json":
+                path.unlink()
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A stored training state: steps taken, plain values, and tensors, on disk until they are read."""
@@ -104,11 +124,7 @@ class Snapshot:
 
 
 class Snapshots(Store):
-    """The newest training states of a run: ``RUN/states/``, numbered by their steps.
-
-    Args:
-        folder: where their files are.
-    """
+    """The newest training states of a run: ``RUN/states/``, numbered by their steps."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, 8)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def generate_tokens(
     Args:
         model, tokenizer: of transformers.
         samples, seqlen, seed: windows, tokens in each, and of the random numbers, which are drawn on the CPU.
-        say: is told how many windows are done, at each tenth.
+        say: is told how many windows are done, before each batch.
 
     Raises:
         FistaPrunerError: the model's logits are not finite, or it cannot generate.
@@ -56,22 +55,14 @@ def generate_tokens(
 
     texts, length, batch, _ = _sizes(model, samples, seqlen)
     random = torch.Generator().manual_seed(seed)
-    found = torch.zeros(0, length, dtype=torch.int64)
-    begin, tenth, total = time.monotonic(), 0, texts * length
-
-    def report(start: int, count: int, step: int) -> None:
-        nonlocal tenth
-        done = start * length + count * step
-        if tenth < done * 10 // total < 10:
-            tenth, left = done * 10 // total, duration((time.monotonic() - begin) * (total - done) / done)
-            say(f"generating text: {done * samples / total:.1f} of {samples} windows, about {left} left")
-
+    found, begin = torch.zeros(0, length, dtype=torch.int64), time.monotonic()
     # As the model's own too: what the one leaves open, such as the token that stops, is taken from the other.
     model.generation_config = GenerationConfig(max_new_tokens=length - 1, do_sample=False, pad_token_id=0)
     while (start := len(found)) < texts:
-        count = min(batch, texts - start)
-        drawing = _Drawing(model, tokenizer, random, partial(report, start, count))
-        first = drawing.begin(count)[:, None].to(model.device)
+        left = f", about {duration((time.monotonic() - begin) * (texts - start) / start)} left" if start else ""
+        say(f"generating text: {start * samples / texts:.1f} of {samples} windows{left}")
+        drawing = _Drawing(model, tokenizer, random)
+        first = drawing.begin(min(batch, texts - start))[:, None].to(model.device)
         try:
             chosen = {"attention_mask": torch.ones_like(first), "logits_processor": LogitsProcessorList([drawing])}
             found = torch.cat([found, model.generate(first, **chosen).cpu()])
@@ -116,8 +107,8 @@ def _sizes(model: Any, samples: int, seqlen: int) -> tuple[int, int, int, int]:
 class _Drawing:
     """Draw the next token of every text: a processor of logits that leaves only the drawn tokens."""
 
-    def __init__(self, model: Any, tokenizer: Any, random: torch.Generator, report: Callable[[int], None]) -> None:
-        self._random, self._end, self._began, self._report = random, tokenizer.eos_token_id, torch.tensor(True), report
+    def __init__(self, model: Any, tokenizer: Any, random: torch.Generator) -> None:
+        self._random, self._end, self._began = random, tokenizer.eos_token_id, torch.tensor(True)
         words = torch.ones(int(model.config.get_text_config().vocab_size), dtype=torch.bool)
         words[len(tokenizer) :] = False
         words[[token for token in tokenizer.all_special_ids if token < len(words)]] = False
@@ -143,5 +134,4 @@ class _Drawing:
         # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
         self._began = (tokens[:, -1].cpu() == (-1 if self._end is None else self._end)) & ~self._began
         drawn[self._began] = self.begin(int(self._began.sum()))
-        self._report(tokens.shape[1] + 1)
         return torch.full_like(logits, -torch.inf).scatter_(1, drawn[:, None].to(logits.device), 0.0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import FistaPrunerError
 from ..models.source import padding_id
@@ -137,11 +138,10 @@ def tokenise_pairs(
     ``say`` receives how many pairs are left out or cut.
     """
     kept: list[tuple[Pair, int, list[int], list[int]]] = []
-    too_long = alike = cut = broken = 0
+    too_long = alike = cut = 0
     for pair in pairs:
         prompt, *answers = pair.encode(tokenizer)
         chosen, rejected = (answer[:max_length] for answer in answers)
-        broken += any(answer[: len(prompt)] != prompt for answer in answers)
         if len(prompt) >= max_length:
             too_long += 1
         elif min(map(len, answers)) <= max(1, len(prompt)) or chosen == rejected:  # nothing precedes the first token
@@ -153,19 +153,15 @@ def tokenise_pairs(
         (too_long, f"are left out: their prompts have {max_length} tokens or more"),
         (alike, f"are left out: their answers add no tokens, or the same ones, in the first {max_length}"),
         (cut, f"have answers that are cut at {max_length} tokens"),
-        (broken, "have a prompt that ends inside a token of the answer; better begin answers with the space"),
     ):
         if count:
             say(f"{count} of {len(pairs)} pairs {sentence}")
     side = torch.tensor(_sides([pair.key for pair, *_ in kept], data, too_long + alike)).repeat_interleave(2)
-    longest = max(len(answer) for *_, chosen, rejected in kept for answer in (chosen, rejected))
-    tokens = torch.full((2 * len(kept), longest), padding_id(tokenizer), dtype=torch.int64)
-    marks = torch.zeros(2 * len(kept), longest, dtype=torch.bool)
-    for number, (_, start, *both) in enumerate(kept):
-        for place, answer in enumerate(both, 2 * number):
-            tokens[place, : len(answer)] = torch.tensor(answer)
-            marks[place, start : len(answer)] = True
-    marks[:, 0] = False  # nothing comes before the first token
+    written = [torch.tensor(answer) for _, _, *both in kept for answer in both]
+    tokens = pad_sequence(written, batch_first=True, padding_value=padding_id(tokenizer))
+    starts = torch.tensor([max(1, start) for _, start, *_ in kept]).repeat_interleave(2)  # nothing precedes the first
+    places, ends = torch.arange(tokens.shape[1]), torch.tensor([len(answer) for answer in written])
+    marks = (places >= starts[:, None]) & (places < ends[:, None])
     facts = {
         "source": str(data.pairs),
         "how": "preference pairs, split by the hash of the prompt",

@@ -63,9 +63,8 @@ class DataSet(NamedTuple):
 
 def _ptb(split: str) -> Split:
     """Return a split of Penn Treebank; ``datasets`` from 4.0 on refuses the script of its main revision."""
-    files = {split: f"penn_treebank/{split}/*.parquet"}
-    options = {"data_files": files, "revision": "refs/convert/parquet"}
-    return Split("ptb-text-only/ptb_text_only", split, "sentence", " ", options)
+    files = {"data_files": {split: f"penn_treebank/{split}/*.parquet"}, "revision": "refs/convert/parquet"}
+    return Split("ptb-text-only/ptb_text_only", split, "sentence", " ", files)
 
 
 def _c4(split: str, file: str, joint: str | None, **most: int) -> Split:

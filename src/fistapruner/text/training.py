@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,6 @@ class TrainingText:
         task: (windows,) int64 index into ``tasks``, the names of the texts; the source where there is one.
         facts: ``how`` windows were made, ``documents`` read, ``seed``, ``sha256`` of the tokens, and ``tasks``, for
             each the same and the windows, documents, tokens and tokens with loss of either side.
-        documents: hashes of the documents read, for :func:`shared_documents`.
     """
 
     tokens: Tensor
@@ -56,7 +55,6 @@ class TrainingText:
     task: Tensor
     tasks: tuple[str, ...]
     facts: dict[str, Any]
-    documents: frozenset[str] = frozenset()
     test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @cached_property
@@ -166,10 +164,9 @@ class _Source:
         self.source, self.read = source, len(found) or None
         self.examples = {item.text: item for item in found if isinstance(item, Example)}
         self.documents = [item.text if isinstance(item, Example) else item for item in found]
-        self.whole = self.documents if self.read == 1 and not self.examples else []
         joined = "documents joined by end-of-text tokens, windows that do not overlap"
-        if self.whole:
-            cut = (part.rstrip() for part in passages(self.whole[0], CHARACTERS_PER_TOKEN * seqlen))
+        if self.read == 1 and not self.examples:
+            cut = (part.rstrip() for part in passages(self.documents[0], CHARACTERS_PER_TOKEN * seqlen))
             self.documents = [part for part in cut if part]
             joined = f"one document, cut into {len(self.documents)} passages; {joined}"
         self.how = "whole examples, loss on the answers only" if self.examples else joined if found else GENERATED
@@ -195,19 +192,19 @@ class _Source:
         held = min(held, max(1, len(ordered) - 1))
         return ordered[:held], ordered[held:]
 
-    def facts(self, trained: Packed, held_out: Packed) -> dict[str, Any]:
-        """Describe what was made of this source; generated text has no documents."""
-        sides = {"trained": trained, "held_out": held_out}
+    def facts(self, *sides: Packed) -> dict[str, Any]:
+        """Describe what is trained on and what is held out; generated text has no documents."""
+        trained, held_out = (
+            side_facts(each.documents if self.read else None, each.marks, each.filled) for each in sides
+        )
         return {
             "source": self.source,
             "how": self.how,
             "documents": self.read,
-            "too_long": trained.too_long + held_out.too_long,
-            "samples": len(trained.windows) + len(held_out.windows),
-            **{
-                name: side_facts(each.documents if self.read else None, each.marks, each.filled)
-                for name, each in sides.items()
-            },
+            "too_long": sum(each.too_long for each in sides),
+            "samples": sum(len(each.windows) for each in sides),
+            "trained": trained,
+            "held_out": held_out,
         }
 
 
@@ -244,7 +241,6 @@ def training_text(
     elsewhere = {text for held, _ in splits for text in held}  # what one task holds out is trained on by none
     most = max(1, MAX_HELD_OUT_WINDOWS // len(sources))
     sides: dict[int, tuple[Packed, Packed]] = {}  # to train on, and held out
-    hashes: set[str] = set()
     # Text that the model generates comes last: it takes long, and the others may be refused.
     for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
         source, (held, rest) = sources[number], splits[number]
@@ -252,16 +248,13 @@ def training_text(
             assert load_model is not None
             # However few windows are trained on: few would choose the step by chance.
             out = max(1, min(most, round(data.held_out * _windows_of_tasks(data, len(sources), asked)[number])))
-            count = shares[number] + out
-            made = generate_tokens(load_model(), tokenizer, count, seqlen, seed=data.seed, say=say)
+            made = generate_tokens(load_model(), tokenizer, shares[number] + out, seqlen, seed=data.seed, say=say)
             held_out, trained = (Packed(part, part >= 0, filled=part.numel()) for part in (made[:out], made[out:]))
         else:
             rest = [text for text in rest if text not in elsewhere]
             held_out = source.pack(held, tokenizer, seqlen, most)
             trained = source.pack(rest, tokenizer, seqlen, shares[number])
             _check_sides(source, trained, held_out, seqlen, say)
-            used = (*held[: held_out.documents], *rest[: trained.documents], *source.whole)
-            hashes |= {document_hash(text) for text in used}
         sides[number] = trained, held_out
     parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
     packed = [sides[number][held_out] for number, held_out in parts]
@@ -275,7 +268,6 @@ def training_text(
         task=torch.tensor([number for number, _ in parts]).repeat_interleave(counts),
         tasks=tuple(named),
         facts={**text_facts(data.tasks, about, data.seed, tokens), "tasks": about},
-        documents=frozenset(hashes),
     )
 
 
@@ -317,18 +309,6 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
         places = drawn == task
         windows[places] = shuffled(own, int(places.sum()), data.seed, "windows", task)
     return windows.view(steps, windows_per_step)
-
-
-def shared_documents(known: Collection[str], documents: Sequence[str], name: str, purpose: str = PURPOSE) -> str | None:
-    """Warn that documents of the evaluation text ``name`` are in another text, ``known`` by hashes."""
-    shared = [document for document in documents if document_hash(document) in known]
-    if not shared:
-        return None
-    begins = " ".join(shared[0][:200].split())[:40]
-    return (
-        f"{len(shared)} of the {len(documents)} documents of the evaluation text {name!r} are also in the "
-        f"{purpose} text (such as {begins!r}): figures on it are too good"
-    )
 
 
 def training_documents(source: str) -> list[str]:

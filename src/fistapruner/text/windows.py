@@ -97,6 +97,8 @@ def calibration_tokens(
 
 def window_tasks(settings: Calibration) -> Tensor:
     """Return the (samples,) number of each window's task, in the order of ``settings.sources``."""
+    if len(settings.sources) == 1:
+        return torch.zeros(settings.samples, dtype=torch.int64)
     mixture = Mixture(len(settings.sources), seed=settings.seed)
     return mixture.draw(settings.samples, f"at least {mixture.least} samples")
 

@@ -5,7 +5,7 @@
 ``alignment.py``), write, measure and report.
 
 Everything that trains meets in the parameters behind a mask (``masked.py``) and in one loop (``loop.py``), whose losses
-are in ``loss.py`` and ``teacher.py``. Block reconstruction inside ``prune`` is ``reconstruct.py``. ``distributed.py``
+are in ``loss.py``. Block reconstruction inside ``prune`` is ``reconstruct.py``. ``distributed.py``
 divides a run among the processes of torchrun. ``hold_mask.py`` and ``adapters.py`` keep the zeros where somebody else
 trains.
 

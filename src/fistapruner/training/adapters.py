@@ -22,7 +22,7 @@ from ..models.build import load_whole
 from ..models.record import read_pruning_record, refuse_low_rank
 from ..models.source import Permissions
 from ..models.write import require_new
-from ..pruning.result import check_zeros, model_documents
+from ..pruning.write import check_zeros, model_documents
 from ..reporting.model_card import plain_card
 from ..runs.directory import checkpoint_of
 from ..runs.lineage import record_with_stage
@@ -36,14 +36,10 @@ from .hold_mask import held_weights
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_adapter`` did.
+    """What ``merge_adapter`` did with an adapter of some ``kind``.
 
-    Args:
-        model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
-        kind: of the adapter, as PEFT names it.
-        operators: pruned operators that the adapter changes.
-        weights: of these; ``zeros``: before as after; ``refilled``: zeros that the adapter would have filled.
-        masked_share: share of the squared norm of the adapter's change that the mask took.
+    It changes so many pruned ``operators``, with ``weights``, and ``zeros`` before as after. It would have ``refilled``
+    some of these: the mask took ``masked_share`` of the squared norm of its change.
     """
 
     model: Path
@@ -92,8 +88,7 @@ def merge_adapter(
         allow_pickle, trust_remote_code: see ``fistapruner.prune``.
 
     Raises:
-        FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; the channels of an operator
-            were reordered since the adapter was trained; the run is not finished; ``out`` exists.
+        FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; ``out`` exists.
     """
     try:
         import peft

@@ -27,7 +27,7 @@ from ..papers.mrpo import (
     virtual_reference,
 )
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.log import Listener
 from ..runs.records import Alignment as Figures
@@ -38,7 +38,7 @@ from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs
 from .loss import Objective, PairObjective, PairTerms
 from .masked import Trained
 from .recovery import Recovery
-from .settle import Inputs, Request, find_input
+from .settle import Request, Settling, find_input
 
 LOWEST_REWARD = -1.0
 """Mean reward of the chosen answers below which a warning says that they have become less likely."""
@@ -52,57 +52,45 @@ class Alignment(Recovery):
     verb: ClassVar[str] = "align"
     settings: ClassVar[type[Any]] = AlignRecipe
     directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
+    texts: ClassVar[str] = "pairs"
+    choices: ClassVar[str] = "a .jsonl file of preference pairs"
     window: ClassVar[str] = "max_length"
     progress: ClassVar[str] = "alignment steps"
     recipe: AlignRecipe
     text: Pairs
 
     @staticmethod
-    def check_text(recipe: AlignRecipe) -> None:
+    def resolved(request: Request) -> AlignRecipe:
         """See :class:`.Recovery`."""
-        if recipe.data.pairs is None:
-            raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
-        read_pairs(recipe.data.pairs)
-
-    @staticmethod
-    def resolved(request: Request) -> Any:
-        """See :class:`.Recovery`."""
+        recipe: AlignRecipe = request.recipe
+        if recipe.data.pairs is not None:
+            read_pairs(recipe.data.pairs)
         names = ("references", "anchor")
-        return request.recipe.model_copy(update={name: getattr(request.recipe, f"resolved_{name}") for name in names})
+        return recipe.model_copy(update={name: getattr(recipe, f"resolved_{name}") for name in names})
 
     @staticmethod
-    def check(inputs: Inputs, request: Request, listener: Listener) -> dict[str, int]:
-        """Find the other reference models, tokenise and split the pairs.
-
-        Raises:
-            FistaPrunerError: no such model, or one of another tokenizer or vocabulary; too few pairs are left.
-        """
-        names, recipe = [], inputs.recipe
-        for named in recipe.references:
-            name = named
-            if named not in ("pruned", "dense"):
-                source = find_input(named, request.permissions, "align references")
-                model = open_model(source, recipe)
-                tokens = source.tokenizer().get_vocab(), model.vocabulary
-                if tokens != (inputs.source.tokenizer().get_vocab(), inputs.model.vocabulary):
+    def check(settling: Settling) -> dict[str, int]:
+        """Find the other reference models, tokenise and split the pairs; see :class:`.Recovery`."""
+        names, recipe, model = list[str](), settling.recipe, settling.model
+        for name in recipe.references:
+            names.append(name)
+            if name not in ("pruned", "dense"):
+                source = find_input(name, settling.request.permissions, "align references")
+                other = open_model(source, recipe)
+                tokens = settling.source.tokenizer().get_vocab(), model.vocabulary
+                if tokens != (source.tokenizer().get_vocab(), other.vocabulary):
                     raise FistaPrunerError(
-                        f"references {named}: its tokens are not those of {inputs.source.folder}; name models that "
+                        f"references {name}: its tokens are not those of {settling.source.folder}; name models that "
                         "share its tokenizer"
                     )
-                check_model(model)
-                name = str(source.folder.absolute())
-            names.append(name)
-        inputs.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
-
-        def warn(sentence: str) -> None:
-            listener.say(sentence)
-            inputs.warnings.append(sentence)
-
+                check_model(other)
+                names[-1] = str(source.folder.absolute())
+        settling.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
         pairs = read_pairs(str(recipe.data.pairs))
-        inputs.text = text = tokenise_pairs(pairs, recipe.data, inputs.tokenizer, inputs.seqlen, warn)
+        text = settling.text = tokenise_pairs(pairs, recipe.data, settling.tokenizer, settling.seqlen, settling.warn)
         trained, held_out, test = (len(text.windows(side)) // 2 for side in ("trained", "held_out", "test"))
-        listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
-        inputs.model.check_tokens(text.tokens)
+        settling.listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
+        model.check_tokens(text.tokens)
         text.facts["source"] = Path(str(recipe.data.pairs)).name
         return {
             "seqlen": text.tokens.shape[1],
@@ -152,16 +140,15 @@ class Alignment(Recovery):
 
     def _reference(self, name: str, listener: Listener) -> Tensor:
         """Compute the (pairs, 2) log-probabilities of one model."""
-        text, recipe, windows = self.text, self.recipe, self.text.windows("test")
-        if name in recipe.resolved_references:
-            windows = sorted({*self.order().flatten().tolist(), *text.windows("held_out"), *windows})
+        windows, numerics = self.text.windows("test"), self.decision.numerics
+        if name in self.recipe.resolved_references:
+            windows = sorted({*self.order().flatten().tolist(), *self.text.windows("held_out"), *windows})
         listener.say(f"log-probabilities of {len(windows) // 2} pairs under the {name} model")
-        folder = self.decision.folder if name == "pruned" else Path(name)
-        dtype = self.decision.numerics.dtype
-        model = self.open_dense() if name == "dense" else open_model(self.permissions.at(folder), recipe, dtype=dtype)
-        values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
+        source = self.permissions.at(self.decision.folder if name == "pruned" else Path(name))
+        model = self.open_dense() if name == "dense" else open_model(source, self.recipe, dtype=numerics.dtype)
+        values = torch.full((len(self.text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
         with model.resident():
-            objective = PairObjective(model, model.run, text, None, None, self.decision.numerics.batch_size)
+            objective = PairObjective(model, model.run, self.text, None, None, numerics.batch_size)
             values[[window // 2 for window in windows[::2]]] = objective.log_probabilities(windows)
         return values
 
@@ -185,19 +172,16 @@ class Alignment(Recovery):
     def _clip(self) -> float | None:
         return None if self.recipe.clip == "none" else float(self.recipe.clip)
 
-    def measured(self, trained: Trained | ForwardOnly, listener: Listener) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute (test pairs, 2) log-probabilities of the trained model, and those of the other models."""
-        windows = self.text.windows("test")
-        listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
-        objective = PairObjective(self.model, self.runner(trained), self.text, None, None, **self.passes)
-        own = self.world.part(windows, 2)
-        found = self.world.together(windows, own, objective.log_probabilities(own).flatten()).view(-1, 2)
-        return found, self.references(listener)
-
-    def describe(self, measured: tuple[Tensor, dict[str, Tensor]], report: Report, listener: Listener) -> None:
+    def describe(self, trained: Trained | ForwardOnly, report: Report | None, listener: Listener) -> None:
         """Add to the report what the trained model prefers on the test pairs."""
-        (own, references), text, recipe = measured, self.text, self.recipe
-        windows = text.windows("test")
+        text, recipe, windows = self.text, self.recipe, self.text.windows("test")
+        listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
+        objective = PairObjective(self.model, self.runner(trained), text, None, None, **self.passes)
+        part = self.world.part(windows, 2)
+        own = self.world.together(windows, part, objective.log_probabilities(part).flatten()).view(-1, 2)
+        references = self.references(listener)
+        if report is None:
+            return
         places = [window // 2 for window in windows[::2]]
         names, stacked, weights = self._weighed(references)
         kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
@@ -205,8 +189,8 @@ class Alignment(Recovery):
         models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = margins_of(rewards)
-        trained = sorted({window // 2 for window in self.order().flatten().tolist()})
-        shares = weights[:, trained].mean(1).tolist()
+        used = sorted({window // 2 for window in self.order().flatten().tolist()})
+        shares = weights[:, used].mean(1).tolist()
         figures = {"margin": margins, "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         means = {name: mean_and_error(values) for name, values in figures.items()}
         report.alignment = Figures(

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,17 @@ WAIT = timedelta(hours=6)
 """How long a process waits for process 0, which may cut text or compute the dense model's predictions."""
 
 
-CPU = torch.device("cpu")
-
 DONE, READY = "", "ready"
 """What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
 
 
 @dataclass
 class World:
-    """The processes of a run; with ``offload`` shards rest in main memory.
-
-    Attributes:
-        told: process 0 has told the others something.
-    """
+    """The processes of a run; with ``offload`` shards rest in main memory; ``told`` by process 0."""
 
     rank: int = 0
     size: int = 1
-    device: torch.device = CPU
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
     told: bool = False
 
@@ -134,10 +128,6 @@ class ShardedSnapshots(Snapshots):
     """Snapshots that all processes write together: folders of torch's distributed checkpoint.
 
     The record of a state is written last: a folder without one does not count.
-
-    Args:
-        folder: where they are.
-        world: the processes.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -167,39 +157,35 @@ class ShardedSnapshots(Snapshots):
             if not path.with_suffix(".json").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def values(self, fingerprint: str, last: int) -> tuple[int, dict[str, Any]] | None:
-        """Find the newest state of a run up to a step: its step and plain values."""
-        for step in reversed([step for step in self.numbers() if step <= last]):
+    def restore(self, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
+        """Load the newest state of a run up to a step in all processes; return its plain values, or None."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        found: tuple[int, dict[str, Any]] | None = None
+        for step in self.numbers() if self.world.rank == 0 else ():
             with suppress(OSError, ValueError, KeyError, FistaPrunerError):
                 content = read_sealed_json(self.folder / f"{step:08d}.json")
-                if content["fingerprint"] == fingerprint:
-                    return step, dict(content["values"])
-        return None
+                if step <= last and content["fingerprint"] == fingerprint:
+                    found = step, dict(content["values"])
+        found = self.world.tell(found)
+        if found is None:
+            return None
+        reader = FileSystemReader(self.folder / f"{found[0]:08d}")
+        tensors: dict[str, Tensor] = {}
+        for full in reader.read_metadata().state_dict_metadata:
+            kind, _, name = full.partition("/")
+            tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(trained.parameters[name].detach())
+        load(tensors, storage_reader=reader)
+        trained.load(tensors)
+        return found[1]
 
 
 def restored(states: Snapshots, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
-    """Load the newest whole state of a run up to a step into what is trained.
-
-    Returns:
-        Its plain values; None where there is no such state.
-    """
-    if not isinstance(states, ShardedSnapshots):
-        if (snapshot := states.newest(fingerprint, last)) is None:
-            return None
-        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
-        return snapshot.values
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    found = states.world.tell(states.values(fingerprint, last) if states.world.rank == 0 else None)
-    if found is None:
+    """Load the newest whole state up to a step into what is trained; return its plain values, or None."""
+    if isinstance(states, ShardedSnapshots):
+        return states.restore(fingerprint, last, trained)
+    if (snapshot := states.newest(fingerprint, last)) is None:
         return None
-    step, values = found
-    reader = FileSystemReader(states.folder / f"{step:08d}")
-    tensors: dict[str, Tensor] = {}
-    for full in reader.read_metadata().state_dict_metadata:
-        kind, _, name = full.partition("/")
-        tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(trained.parameters[name].detach())
-    load(tensors, storage_reader=reader)
-    trained.load(tensors)
-    return dict(values)
+    trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+    return snapshot.values

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -83,14 +82,12 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         if name := next((name for name, weight in self._weights.items() if weight.module in copied), None):
             raise FistaPrunerError(
                 f"{name}: PEFT has frozen it and trains a copy (modules_to_save): call hold_mask after get_peft_model, "
-                "with the model that it returns (trainer.model, where the trainer calls it)"
+                "with the model that it returns (trainer.model)"
             )
         if not self._handles:
             self._reshard()
-            self._handles = [
-                register_optimizer_step_pre_hook(_weak(self._before)),
-                register_optimizer_step_post_hook(_weak(self._after)),
-            ]
+            before, after = _weak(self._step, True), _weak(self._step, False)
+            self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
             for name, weight in self._weights.items():
                 self._watch(name, weight.tensor)
         return self
@@ -102,7 +99,6 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         if kind is None:
             self.verify()
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set every pruned weight to 0; of sharded weights no forward pass may wait for its backward pass."""
         self._reshard()
@@ -125,25 +121,19 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         for name, count in zip(tensors, counts.tolist(), strict=True):
             if count:
                 raise FistaPrunerError(
-                    f"{name}: {count} of its pruned weights are not 0 any more: something other than a step of a "
-                    "torch.optim optimizer has changed them (a merged adapter, a trainer with its own copy of the "
-                    "weights); to set them back to 0, call apply() of what hold_mask returned before the training "
-                    "(with fistapruner.hold_mask(model) as held)"
+                    f"{name}: {count} of its pruned weights are not 0 any more, and no step of a torch.optim optimizer "
+                    "did it (but a merged adapter, or a trainer with its own copy of the weights): apply() of what "
+                    "hold_mask returned before the training (with hold_mask(model) as held) sets them to 0"
                 )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to mask (called by the trainer).
-
-        Raises:
-            FistaPrunerError: the trainer trains another model, or copies of held weights.
-        """
-        if (model := kwargs.get("model")) is not None:
-            trained = set(model.modules())
-            if not any(weight.module in trained for weight in self._weights.values()):
-                raise FistaPrunerError(
-                    f"the trainer trains another {type(model).__name__} than hold_mask was called with: give both the "
-                    "same model, without model_init, which makes a new one"
-                )
+        """Begin to mask (called by the trainer, whose model must be the one that is held)."""
+        trained = None if kwargs.get("model") is None else set(kwargs["model"].modules())
+        if trained is not None and not any(weight.module in trained for weight in self._weights.values()):
+            raise FistaPrunerError(
+                f"the trainer trains another {type(kwargs['model']).__name__} than hold_mask was called with: give "
+                "both the same model, without model_init, which makes a new one"
+            )
         self.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,9 +147,9 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
                 reshard()
 
     def _watch(self, name: str, parameter: Tensor) -> None:
-        """Mask a weight's gradients from now on as soon as they are computed."""
+        """Mask a weight's gradients from now on as soon as they are computed, before they are clipped."""
         if parameter.requires_grad and (name not in self._watched or self._watched[name]() is not parameter):
-            hook = partial(_weak(self._accumulated), name)
+            hook = _weak(self._accumulated, name)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
             self._watched[name] = weakref.ref(parameter)
 
@@ -167,21 +157,13 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         if parameter.grad is not None:
             self._clear(name, parameter.grad)
 
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for name, parameter in self._stepped(optimizer):
-            self._accumulated(name, parameter)
-
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for name, parameter in self._stepped(optimizer):
-            self._clear(name, parameter)
-
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Yield the held weights that an optimizer steps."""
+    def _step(self, before: bool, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Mask the gradients ``before`` a step of an optimizer, the weights after it."""
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in ((name, weight.tensor) for name, weight in self._weights.items()):
             if id(parameter) in own:
                 self._watch(name, parameter)  # sharding may have replaced the one that was watched
-                yield name, parameter
+                (self._accumulated if before else self._clear)(name, parameter)
 
     @torch.no_grad()
     def _clear(self, name: str, tensor: Tensor) -> None:
@@ -205,28 +187,38 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         return pruned
 
 
-def _weak(method: Callable[..., None]) -> Callable[..., None]:
+def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
     """Make a hook of a method that does not keep its object alive, as after a training that failed."""
     known = weakref.WeakMethod(method)
 
     def hook(*given: Any) -> None:
         if (found := known()) is not None:
-            found(*given)
+            found(*first, *given)
 
     return hook
 
 
+@torch.no_grad()
 def held_weights(model: nn.Module) -> dict[str, Weight]:
-    """Find the weights to hold, by name."""
-    found = {
-        name: weight
-        for name, weight in _weights(model)
-        if re.search(r"(^|\.)\d+\.", name) and MIN_ZEROS <= _zero_share(name, weight.tensor) < 1.0
-    }
+    """Find the weights to hold, by name: of pruned linear modules and experts in numbered layers."""
+    found, copied = {}, _copied(model)
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():
+            name = f"{prefix}.{key}"
+            linear = isinstance(module, (nn.Linear, Conv1D)) and key == "weight"
+            held = re.search(r"(^|\.)\d+\.", name) and (linear or holds_experts(module, name, parameter))
+            if held and parameter.is_floating_point():
+                if parameter.is_meta:
+                    raise FistaPrunerError(
+                        f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading "
+                        "off, or call hold_mask after accelerator.prepare"
+                    )
+                if MIN_ZEROS <= int(whole((parameter == 0).sum())) / parameter.numel() < 1.0:  # over all processes
+                    found[name] = Weight(module, key)
     if not found:
         raise FistaPrunerError(
             f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to hold "
-            "(packed weights cannot be trained: unpack the model first; quantised ones are not trained)"
+            "(packed weights must be unpacked first; quantised ones are not trained)"
         )
     return found
 
@@ -236,24 +228,3 @@ def _copied(model: nn.Module) -> set[nn.Module]:
     wrapped = (dict(module.named_children()) for module in model.modules())
     pairs = ((children.get("original_module"), children.get("modules_to_save")) for children in wrapped)
     return {inner for kept, copies in pairs if kept is not None and copies for inner in kept.modules()}
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """Yield the weights of linear modules, and the tensors of all experts, with their names."""
-    copied = _copied(model)
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():
-            linear = isinstance(module, (nn.Linear, Conv1D)) and key == "weight"
-            if parameter.is_floating_point() and (linear or holds_experts(module, f"{name}.{key}", parameter)):
-                yield f"{name}.{key}", Weight(module, key)
-
-
-@torch.no_grad()
-def _zero_share(name: str, weight: Tensor) -> float:
-    """Return the share of zeros, over all processes where the weight is sharded."""
-    if weight.is_meta:
-        raise FistaPrunerError(
-            f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading off, or call "
-            "hold_mask after accelerator.prepare"
-        )
-    return int(whole((weight == 0).sum())) / weight.numel()

@@ -31,13 +31,9 @@ BACK_OFF, SMALLEST = 0.3, 0.02
 class Descent:
     """How the learning rate changes, and AdamW's constants.
 
-    Args:
-        warm_up: share of the steps over which the learning rate rises from 0.
-        fall: how it goes on: ``cosine`` or ``linear`` to 0, or ``constant``.
-        goes_back: whether training goes back to the best weights after a check that is not better.
-        betas: decay rates of AdamW's moments. With a few hundred steps a second moment over 1,000 steps is never
-            reached.
-        decay: decoupled weight decay of pruned operators.
+    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. With ``goes_back``
+    training goes back to the best weights after a check that is not better. ``betas`` are for a few hundred steps, too
+    few for a second moment over 1,000; ``decay`` is the decoupled weight decay of pruned operators.
     """
 
     warm_up: float = 0.1
@@ -68,7 +64,6 @@ class State:
         before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
         rate: factor of the learning rate, before the schedule.
         stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
-        not_finite: steps in a row whose loss was not finite.
     """
 
     step: int = 0
@@ -77,7 +72,6 @@ class State:
     best_step: int = 0
     rate: float = 1.0
     stopped: bool = False
-    not_finite: int = 0
     fault: str | None = None
 
 
@@ -96,11 +90,8 @@ class Loop:
         step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
         tokens: returns the tokens with loss of a step.
-        descent: how the learning rate changes.
-        patient: how many steps in a row may lack a finite loss.
         states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
-        listener: receives progress; ``what``: its name.
-        after_snapshot: called when a state is on the disk.
+        listener: receives progress, named ``what``; ``after_snapshot`` is called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 
@@ -110,7 +101,6 @@ class Loop:
     held_out: Callable[[], tuple[float, dict[str, float]]]
     tokens: Callable[[int], int] = lambda number: 0
     descent: Descent = OURS
-    patient: int = 1
     states: Snapshots | None = None
     journal: Path | None = None
     fingerprint: str = ""
@@ -127,17 +117,15 @@ class Loop:
             if self.states is not None and self._journal is not None:
                 self.states.tidy(whole)
             if state is None:
-                self._begin()
+                self.listener.say("the loss of what is held out, before training")
+                self._take(self._start)
+                self._snapshot()
             else:
                 self.listener.say(f"going on after step {whole} of {self.steps}")
-            first, begin = self.state.step, time.monotonic()
-            last = begin
+            last = time.monotonic()
+            self._begun = self.state.step, last
             while self.state.step < self.steps and not self.state.stopped:
-                checked = self._step()
-                done, ahead = self.state.step - first, self.steps - self.state.step
-                if checked:
-                    self._say_check(*checked, (time.monotonic() - begin) / done * ahead)
-                self.listener.tick(self.what, self.state.step, self.steps)
+                checked = self._take(self._step)
                 late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
                 if checked or self.state.stopped or late:
                     self._snapshot()
@@ -145,68 +133,63 @@ class Loop:
         self.trained.restore()
         return self.state
 
-    def _begin(self) -> None:
+    def _take(self, work: Callable[[], dict[str, Any]]) -> bool:
+        """Do a step's work, journal the line that it returns, say its check; return whether it has one."""
+        begin = time.perf_counter()
+        line, state = work(), self.state
+        if self._journal is not None:
+            self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+        if state.fault is not None:
+            self.listener.say(state.fault)
+        elif "held_out" in line:
+            said = f"held-out loss {line['held_out']:.4f}"
+            if state.step:
+                how = "kept" if line["kept"] else "not better"
+                said = f"step {state.step} of {self.steps}: {said} (before {state.before:.4f}): {how}"
+            if state.stopped:
+                said += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
+            elif 0 < state.step < self.steps:
+                first, then = self._begun
+                each = (time.monotonic() - then) / (state.step - first)
+                said += f", about {duration(each * (self.steps - state.step))} left"
+            self.listener.say(said)
+        self.listener.tick(self.what, state.step, self.steps)
+        return "held_out" in line
+
+    def _start(self) -> dict[str, Any]:
         """Make the start the first candidate."""
-        begin, state = time.perf_counter(), self.state
-        self.listener.say("the loss of what is held out, before training")
+        state = self.state
         loss, by_task = self.held_out()
         state.before = state.best = loss
         self.trained.keep()
         if not math.isfinite(loss):
             state.stopped, state.fault = True, f"the loss of what is held out is {loss} before training"
-        self._note({"step": 0, "held_out": loss, "kept": True, "by_task": by_task}, begin)
-        self.listener.say(state.fault or f"held-out loss {loss:.4f}")
-        self.listener.tick(self.what, 0, self.steps)
-        self._snapshot()
+        return {"step": 0, "held_out": loss, "kept": True, "by_task": by_task}
 
-    def _step(self) -> tuple[float, bool] | None:
-        """Take one step and journal it; returns the held-out loss and whether it is the best, where due."""
-        begin, state, checked = time.perf_counter(), self.state, None
+    def _step(self) -> dict[str, Any]:
+        """Take a step; at a check keep the weights if their held-out loss is the lowest, else go back."""
+        state = self.state
         number = state.step = state.step + 1
         factor = state.rate * self.descent.factor(number, self.steps)
         loss, size = self.step(number, factor)
         finite = math.isfinite(loss) and math.isfinite(size)
         line: dict[str, Any] = {"step": number, "loss": loss if finite else None, "lr": factor}
         line |= {"size": size if finite else None, "tokens": self.tokens(number)}
-        state.not_finite = 0 if finite else state.not_finite + 1
-        if state.not_finite >= self.patient:
+        if not finite:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
             state.stopped = True
             line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
-            self.listener.say(state.fault)
         elif check_due(number, self.steps):
             held_out, by_task = self.held_out()
-            checked = held_out, self._check(held_out)
-            line |= {"held_out": held_out, "kept": checked[1], "by_task": by_task}
-        self._note(line, begin)
-        return checked
-
-    def _check(self, loss: float) -> bool:
-        """Keep the present weights if their held-out loss is the lowest, else go back; say which."""
-        state = self.state
-        if loss < state.best:
-            state.best, state.best_step = loss, state.step
-            self.trained.keep()
-            return True
-        if self.descent.goes_back:
-            state.rate *= BACK_OFF
-            self.trained.restore()
-            state.stopped = state.rate < SMALLEST
-        return False
-
-    def _note(self, line: dict[str, Any], begin: float) -> None:
-        """Append a line to the journal, with the seconds since ``begin``."""
-        if self._journal is not None:
-            self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
-
-    def _say_check(self, held_out: float, kept: bool, left: float) -> None:
-        state, how = self.state, "kept" if kept else "not better"
-        if state.stopped:
-            how += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
-        elif state.step < self.steps:
-            how += f", about {duration(left)} left"
-        losses = f"held-out loss {held_out:.4f} (before {state.before:.4f})"
-        self.listener.say(f"step {state.step} of {self.steps}: {losses}: {how}")
+            line |= {"held_out": held_out, "kept": held_out < state.best, "by_task": by_task}
+            if held_out < state.best:
+                state.best, state.best_step = held_out, number
+                self.trained.keep()
+            elif self.descent.goes_back:
+                state.rate *= BACK_OFF
+                self.trained.restore()
+                state.stopped = state.rate < SMALLEST
+        return line
 
     def _snapshot(self) -> None:
         if self.states is None:

@@ -9,28 +9,41 @@ with respect to ``log q`` is ``-t``. The windows of a step pass in batches: embe
 effective tensors, then the final norm and the head in slices of tokens, where loss and gradient are computed together,
 so that no logits outlive their slice. With checkpointing a decoder layer keeps its input only, and runs again on the
 way back (torch.utils.checkpoint).
+
+Training leaves embeddings and head alone, so what the dense model predicts is its own final norm and head applied to
+its last decoder layer's output. That output is stored on disk, ``width`` values a token, in blocks of windows: a block
+is one file, which is there as a whole or not at all; one that is missing is made again, with the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import FistaPrunerError
 from ..models.layers import Call, LayerwiseModel
+from ..models.safetensors import SafetensorsFile, write_tensors
 from ..papers.mrpo import Preference, margins_of
+from ..passes.store import scratch_factory
+from ..passes.stream import forward
+from ..runtime.files import disk_errors
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..runtime.show import Tick, silent
 from ..text.training import TrainingText
-from .teacher import Teacher
 
 LENGTHS = 32
 """Windows of pairs are cut to multiples of this many tokens, so that few lengths occur."""
+
+BLOCK_TOKENS = 32768
+"""Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""
 
 Run = Callable[[int, Tensor, Call], Tensor]
 """Runs decoder layer (index, hidden states, its other arguments)."""
@@ -38,11 +51,7 @@ Run = Callable[[int, Tensor, Call], Tensor]
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss of predicted tokens.
-
-    Args:
-        share: of the divergence from the dense model; the rest is cross-entropy.
-    """
+    """A loss of tokens: a ``share`` of the divergence from the dense model, the rest cross-entropy."""
 
     share: float
 
@@ -130,12 +139,72 @@ class HeadLoss(torch.autograd.Function):
         return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
 
 
+class Teacher:
+    """The dense model's last hidden states of the windows of a text.
+
+    Args:
+        dense: the dense model; ``tokens``: (windows, seqlen) token ids.
+        folder: holds the blocks; made if it is not there.
+        batch_size: windows in one pass.
+        windows: their numbers in the order in which they are needed; None is all.
+        identity: what else decides the stored values (a hash of the dense model's files and of the text).
+        tick: receives progress: (what, steps done, steps in all).
+    """
+
+    def __init__(
+        self,
+        dense: LayerwiseModel,
+        tokens: Tensor,
+        folder: Path,
+        batch_size: int,
+        windows: Sequence[int] | None = None,
+        identity: str = "",
+        tick: Tick = silent,
+    ) -> None:
+        self.dense, self.tokens, self.folder = dense, tokens, folder
+        self.identity, self.batch_size, self.tick = identity, batch_size, tick
+        order = list(dict.fromkeys(range(len(tokens)) if windows is None else windows))
+        size = max(1, BLOCK_TOKENS // (tokens.shape[1] * batch_size)) * batch_size
+        self.blocks = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
+        self._of = {window: number for number, block in enumerate(self.blocks) for window in block}
+        self._open: dict[int, SafetensorsFile] = {}
+
+    def hidden(self, window: int) -> Tensor:
+        """Return the (seqlen, width) output of the last decoder layer for a window."""
+        number = self._of[window]
+        if number not in self._open:
+            self._open[number] = self._block(number)
+        return self._open[number].read(str(window))
+
+    def prepare(self) -> None:
+        """Make all blocks that are not there yet."""
+        for block in self.blocks:
+            self.hidden(block[0])
+
+    def _block(self, number: int) -> SafetensorsFile:
+        """Open a block that is whole and of this text and model, or pass its windows through the dense model."""
+        windows, path = self.blocks[number], self.folder / f"{number:05d}.safetensors"
+        made_from = f"{self.identity} {self.dense.dtype} {self.batch_size} {windows}"
+        with suppress(OSError, FistaPrunerError):
+            file = SafetensorsFile(path)
+            if file.metadata.get("made_from") == made_from:
+                return file
+        what = f"predictions of the dense model, block {number + 1} of {len(self.blocks)}"
+        states, count, dense = scratch_factory(None, self.dense.dtype), self.batch_size, self.dense
+        (last,), _ = forward(dense, self.tokens[windows], count, states, progress=lambda *at: self.tick(what, *at))
+        tensors = {str(window): last.read(at, at + 1, dense.device)[0].cpu() for at, window in enumerate(windows)}
+        last.close()
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {"made_from": made_from})
+        return SafetensorsFile(path)
+
+
 class Objective:
     """The loss of windows of a text under a model with some of its tensors replaced.
 
     Args:
-        model: the pruned model, resident. Its embeddings, final norm and head are used as they are.
-        run: runs a decoder layer of it.
+        model: the pruned model, resident; ``run`` runs a decoder layer of it.
         text: the windows, and which of their tokens carry loss.
         loss: of each token, a :class:`TokenLoss`; of pairs :class:`PairTerms`.
         teacher: the dense model's predictions; needed where the loss has a divergence.
@@ -177,7 +246,7 @@ class Objective:
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
         """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` replaces the own."""
-        return self._each(windows, self._reduce, run or self.run)
+        return self._each(windows, self._reduce, run)
 
     def backward(self, windows: Sequence[int], count: float | None = None) -> float:
         """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
@@ -191,11 +260,13 @@ class Objective:
                     loss.backward()
         return total
 
-    def _each(self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run) -> Tensor:
+    def _each(
+        self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run | None = None
+    ) -> Tensor:
         """Return one fp64 number for each window."""
         found = torch.zeros(len(windows), dtype=torch.float64)
         for places, batch in self._batches(windows):
-            found[places] = reduce(self._hidden(batch, run), batch)
+            found[places] = reduce(self._hidden(batch, run or self.run), batch)
         return found
 
     def _length(self, windows: Sequence[int]) -> int:
@@ -250,13 +321,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class PairTerms:
-    """What the loss of a pair is the sum of.
+    """The terms of the loss of a pair: its preference loss, and factors of others of the chosen answer.
 
-    Args:
-        preference: loss of both answers against the references; None has none.
-        likelihood: factor of the mean cross-entropy of the chosen answer's tokens.
-        anchor: factor of the mean divergence from the dense model's predictions there; needs a teacher.
-        accuracy: count pairs whose chosen answer is not the more likely one; it has no gradient.
+    ``likelihood`` is of the mean cross-entropy of its tokens, ``anchor`` of their mean divergence from the dense model.
+    With ``accuracy`` pairs are counted whose chosen answer is not the more likely one, without a gradient.
     """
 
     preference: Preference | None = None
@@ -281,8 +349,7 @@ class PairObjective(Objective):
     @torch.no_grad()
     def log_probabilities(self, windows: Sequence[int]) -> Tensor:
         """Compute the (pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
-        likelihood = partial(self._token_sums, loss=LIKELIHOOD)
-        return -self._each(windows, likelihood, self.run).view(-1, 2)
+        return -self._each(windows, partial(self._token_sums, loss=LIKELIHOOD)).view(-1, 2)
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""

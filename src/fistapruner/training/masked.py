@@ -106,16 +106,12 @@ def descent_of(recipe: TrainingRecipe) -> Descent:
 class TrainedLayer(nn.Module):
     """A loaded decoder layer and the masters of what is trained in it.
 
-    Args:
-        model: the pruned model; ``index``: number of the layer, whose parameters are frozen.
-        pruned: form of each pruned weight by its name inside the layer, and whether the layer holds it as (n, m).
-        also: train the layer's :func:`vectors`, too.
-        seed: of random start values.
-        low_rank: a fixed low-rank part that is added to effective weights; None adds nothing.
+    ``pruned`` has the form of each pruned weight by its name inside the layer, and whether it is held as (n, m); with
+    ``also`` the layer's :func:`vectors` are trained, too. A fixed low-rank part is added to effective weights.
 
     Attributes:
-        masters: by key; ``keys``: of each tensor's masters, by its name inside the layer and their short names;
-            ``masked``: of those whose zeros are kept by masking gradients.
+        masters: by key; ``keys``: those of each tensor, by its name inside the layer and their short names; ``names``:
+            unique ones, by key; ``masked``: keys of those whose zeros are kept by masking gradients.
     """
 
     def __init__(
@@ -130,15 +126,17 @@ class TrainedLayer(nn.Module):
         super().__init__()
         self.layer, self.pruned, self._low_rank = model.layers[index], dict(pruned), low_rank
         self._full = {name: model.full_name(index, name) for name in pruned}
-        self.masters, self.keys = nn.ParameterDict(), dict[str, dict[str, str]]()
+        self.masters, self.keys, self.names = nn.ParameterDict(), dict[str, dict[str, str]](), dict[str, str]()
         for name in (*pruned, *(sorted(vectors(self.layer)) if also else ())):
+            source = model.source_of(index, name)
             started = {ITSELF: self.layer.get_parameter(name).detach().float().clone()}
             if name in pruned:
-                generator = seeded(seed, "start", model.source_of(index, name))
-                started = pruned[name][0].start(self.matrix(name, started[ITSELF]), generator)
+                start = self.matrix(name, started[ITSELF])
+                started = pruned[name][0].start(start, seeded(seed, "start", source))
             self.keys[name] = {short: f"{name}/{short}".replace(".", "/") for short in started}
-            for short, value in started.items():
-                self.masters[self.keys[name][short]] = nn.Parameter(value.contiguous())
+            for short, key in self.keys[name].items():
+                self.masters[key] = nn.Parameter(started[short].contiguous())
+                self.names[key] = f"{source}.{short}" if short else source
         self.masked = {self.keys[name][ITSELF] for name in pruned if ITSELF in self.keys[name]}
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
@@ -146,10 +144,7 @@ class TrainedLayer(nn.Module):
         return tensor.T if name in self.pruned and self.pruned[name][1] else tensor
 
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Compute one effective tensor, differentiable, without a fixed low-rank part.
-
-        The pruned weight, and the masked product of lora, are in ``dtype``.
-        """
+        """Compute one effective tensor without a fixed low-rank part; products of lora are in ``dtype``."""
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
         if name not in self.pruned:
             return masters[ITSELF]
@@ -157,7 +152,7 @@ class TrainedLayer(nn.Module):
         return self.matrix(name, self.pruned[name][0].weight(start.to(dtype), masters))
 
     def values(self) -> dict[str, Tensor]:
-        """Compute all effective tensors as the passes use them, by name inside the layer."""
+        """Compute all effective tensors as the passes use them, differentiable, by name inside the layer."""
         found = {}
         for name in self.keys:
             dtype = self.layer.get_parameter(name).dtype
@@ -183,12 +178,9 @@ def trained_layer(
 
 
 class Masters:
-    """Masters of one or several layers, and AdamW's state for them (Loshchilov & Hutter 2019).
+    """Masters of one or several layers by unique names, and AdamW's state (Loshchilov & Hutter 2019).
 
-    Args:
-        parameters: the masters, by unique names; ``rates``: first learning rate of each.
-        masked: names of those whose zeros are kept by masking gradients.
-        descent: AdamW's constants.
+    ``rates`` are first learning rates; the zeros of those named in ``masked`` are kept by masking gradients.
     """
 
     def __init__(
@@ -211,11 +203,7 @@ class Masters:
         self.optimizer = torch.optim.AdamW(groups, betas=self.descent.betas, fused=True)
 
     def step(self, factor: float) -> float:
-        """Take one step at ``factor`` times the first learning rates; gradients are used up.
-
-        Returns:
-            The norm of the gradient. Where it is not finite, no step is taken.
-        """
+        """Take a step at ``factor`` times the first rates, unless the returned gradient norm is not finite."""
         for name, mask in self._masks.items():
             if (gradient := self.parameters[name].grad) is not None:
                 local(gradient).mul_(mask)
@@ -264,17 +252,11 @@ class Masters:
 
 
 class Trained(Masters):
-    """The masters of all decoder layers of a resident pruned model.
+    """The masters of all decoder layers of a resident pruned model, as a recipe wants them.
 
-    Args:
-        model: the pruned model; ``layout``: operators to train, others stay as they are.
-        recipe: form, rates, seed.
-        low_rank: the low-rank part that belongs to the model, which stays as it is.
-        prepare: called with the number of each decoder layer first, to load it.
-        shard: called with each layer, to divide it among several processes.
-
-    Attributes:
-        numbers: how many are trained; of a masked tensor those that are not zero.
+    Operators outside of ``layout`` stay as they are, and so does the low-rank part that belongs to the model.
+    ``prepare`` loads a decoder layer; ``shard`` divides it among several processes. ``numbers`` counts what is trained:
+    of a masked tensor what is not zero.
     """
 
     def __init__(
@@ -289,23 +271,21 @@ class Trained(Masters):
         self.model, self.layers, self.numbers = model, list[TrainedLayer](), 0
         part, form = None if low_rank is None else low_rank.loaded(model.device), form_of(recipe)
         typical = form.rate(model.width) if form else None
-        places: dict[str, tuple[TrainedLayer, str]] = {}
-        rates: dict[str, float] = {}
+        parameters, rates, masked = dict[str, nn.Parameter](), dict[str, float](), list[str]()
         for index in range(len(model)):
             prepare(index)
             layer = trained_layer(model, layout, index, recipe, part)
             for name, keys in layer.keys.items():
                 columns = layer.matrix(name, layer.layer.get_parameter(name)).shape[-1]
                 own = form.rate(columns) if form and name in layer.pruned else None
-                for short, key in keys.items():
-                    full = ".".join(filter(None, (model.source_of(index, name), short)))
-                    master, places[full] = layer.masters[key].detach(), (layer, key)
-                    rates[full] = first_rate(recipe, own, typical, master)
+                for key in keys.values():
+                    master = layer.masters[key].detach()
+                    rates[layer.names[key]] = first_rate(recipe, own, typical, master)
                     self.numbers += int((master != 0).sum()) if key in layer.masked else master.numel()
-            shard(layer)
+            shard(layer)  # which replaces the parameters
+            parameters |= {full: layer.masters[key] for key, full in layer.names.items()}
+            masked += [layer.names[key] for key in layer.masked]
             self.layers.append(layer)
-        parameters = {full: layer.masters[key] for full, (layer, key) in places.items()}
-        masked = [full for full, (layer, key) in places.items() if key in layer.masked]
         super().__init__(parameters, rates, masked, descent_of(recipe))
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
@@ -333,14 +313,9 @@ class Trained(Masters):
 def first_rate(recipe: TrainingRecipe, own: float | None, typical: float | None, master: Tensor) -> float:
     """Compute the first learning rate of a master from its start values.
 
-    A given ``lr`` is absolute for low-rank masters, and a share of the root mean square for others; norms and biases
-    beside low-rank masters take :data:`SHARE` times ``lr / typical``. Of ``lr: auto`` an alignment takes a share.
-
-    Args:
-        recipe: settings.
-        own: rate of the operator's form (:meth:`Form.rate`); None for norms and biases, and for ``full``.
-        typical: that of a typical operator.
-        master: start values.
+    ``own`` is the rate of the operator's form (:meth:`Form.rate`), ``typical`` that of a typical operator. A given
+    ``lr`` is absolute for low-rank masters, and a share of the root mean square for others; norms and biases beside
+    low-rank masters take :data:`SHARE` times ``lr / typical``. Of ``lr: auto`` an alignment takes a share.
     """
     size = root_mean_square(master)
     if recipe.lr == "auto":

@@ -97,19 +97,15 @@ def plan_training(
     held_out: int,
     together: int = 1,
 ) -> Plan:
-    """Plan a run that trains; the plan says where it does not fit.
+    """Plan a run that trains on windows of ``seqlen`` tokens; the plan says where it does not fit.
 
-    Args:
-        model: the pruned model; ``layout``: its operators to train; ``recipe``: all settings, resolved.
-        out: the run directory; its disk must have the space.
-        seqlen: tokens in a window; ``steps``: of the optimizer.
-        stored: windows whose predictions by the dense model are stored; ``held_out``: windows held out.
-        together: windows that no pass may part.
+    ``stored`` windows have predictions of the dense model on disk; ``together`` windows are in one pass.
     """
     device, zeroth, layers = model.device, recipe.zeroth_order, len(model)
-    base = 0 if device.type == "cuda" else resident_memory() + GROWTH
-    free = free_device_memory(device) if device.type == "cuda" else free_memory() + resident_memory()
-    limit = recipe.execution.memory_limit if device.type != "cuda" else None
+    cuda = device.type == "cuda"
+    base = 0 if cuda else resident_memory() + GROWTH
+    limit = None if cuda else recipe.execution.memory_limit
+    limit = limit or int(RESERVE * (free_device_memory(device) if cuda else free_memory() + resident_memory()))
     numbers, graph, layer_seconds, head_seconds = _measure(model, layout, recipe, seqlen)
     inside = set().union(*map(model.layer_sources, range(layers)))
     weights, ends = model.pass_bytes(set(model.sources()) | inside), model.pass_bytes(set(model.sources()) - inside)
@@ -129,23 +125,22 @@ def plan_training(
     sizes = [max(together, (asked or min(recipe.step_windows, windows_at_once(seqlen, device))) // together * together)]
     while sizes[-1] > together and asked is None:
         sizes.append(max(together, sizes[-1] // 2 // together * together))
-    limit = limit or int(free * RESERVE)
     choices = [(sizes[0], False), *((batch, not zeroth) for batch in sizes)]
     batch, again = next((each for each in choices if sum(memory(*each).values()) <= limit), choices[-1])
+    forward = layer_seconds * layers + head_seconds
     passes = (2 / 3 if zeroth else 4 / 3 if again else 1) * layer_seconds * layers + head_seconds
-    checks = (1 + min(CHECKS, steps)) * held_out * (layer_seconds * layers + head_seconds) / 3
     return Plan(
         parameters="all weights" if zeroth else str(recipe.parameters),
         batch_size=batch,
         checkpointing=again,
         memory=memory(batch, again),
-        kind="GPU memory" if device.type == "cuda" else "memory",
+        kind="GPU memory" if cuda else "memory",
         limit=limit,
         disk=2 * (weights if zeroth else 16 * numbers) + model.checkpoint.nbytes + stored * window,
         free=shutil.disk_usage(existing_folder(out)).free,
         steps=steps,
         step_seconds=recipe.step_windows * passes,
-        seconds=steps * recipe.step_windows * passes + checks,
+        seconds=steps * recipe.step_windows * passes + (1 + min(CHECKS, steps)) * held_out * forward / 3,
     )
 
 
@@ -160,23 +155,22 @@ def _measure(
     model.check()
     layers = [trained_layer(model, layout, index, recipe) for index in range(len(model))]  # without weights
     numbers = sum(each.numel() for layer in layers for each in layer.masters.values())
-    index = max(range(len(model)), key=layout.weights)
+    index, kept = max(range(len(model)), key=layout.weights), dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return torch.empty(0)  # a graph that holds its own output would never be freed
+
+    def head() -> None:
+        HeadLoss.apply(rows, model, targets, LIKELIHOOD, None, 1.0, BUDGETS).sum().backward()
+
     with model.embeddings_and_head():
         hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
         rows, targets = hidden[0].detach().requires_grad_(), torch.zeros(seqlen, dtype=torch.int64, device=model.device)
-
-        def head() -> None:
-            HeadLoss.apply(rows, model, targets, LIKELIHOOD, None, 1.0, BUDGETS).sum().backward()
-
         head_seconds = _timed(model.device, head)
     with model.layer(index), ordered_attention(model.device):
-        trained, kept = trained_layer(model, layout, index, recipe), dict[int, int]()
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return torch.empty(0)  # a graph that holds its own output would never be freed
-
+        trained = trained_layer(model, layout, index, recipe)
         with saved_tensors_hooks(keep, lambda empty: empty):
             trained(hidden, *calls[index])
         seconds = _timed(model.device, lambda: trained(hidden, *calls[index]).sum().backward())
@@ -186,8 +180,8 @@ def _measure(
 
 def _timed(device: torch.device, work: Callable[[], None]) -> float:
     """Return the seconds that ``work`` takes on a device, the second time."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     for _ in range(2):
-        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
         synchronise(device)
         begin = time.perf_counter()
         work()

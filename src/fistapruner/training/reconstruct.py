@@ -50,32 +50,15 @@ SHRINKAGE = 0.1
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """Settings of block reconstruction.
+    """AdamW steps, the seed that draws their windows, the metric of output errors, the first step size.
 
-    Args:
-        steps: AdamW steps of one window each: many small steps lower the loss further than few large ones.
-        seed: draws the windows.
-        metric: (width, width) positive semi-definite weight of output errors, (width,) its diagonal, or the identity.
-        rate: first step size, see :data:`RATE`.
+    The metric is (width, width), positive semi-definite, or its (width,) diagonal; None is the identity.
     """
 
     steps: int
     seed: int = 0
     metric: Tensor | None = None
     rate: float = RATE
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """Result of block reconstruction.
-
-    Args:
-        weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
-        record: steps, the step that was kept, validation windows and their loss before and after.
-    """
-
-    weights: dict[str, Tensor]
-    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,17 +84,19 @@ def reconstruct_layer(
     calls: Calls,
     settings: ReconstructionSettings,
     parts: Mapping[str, Tensor] | None = None,
-) -> Reconstructed:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the loaded, pruned decoder layer ``index`` in place.
 
     Args:
-        model: the model, layer ``index`` loaded.
-        index: number of the layer; ``groups``: its pruned operators, weights of others are left alone.
-        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.
-        calls: arguments of the decoder layers.
+        model: the model, layer ``index`` loaded; ``groups``: its pruned operators, weights of others are left alone.
+        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match; ``calls``: as of layers.
         settings: steps, seed, metric.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
             name with :data:`~fistapruner.models.low_rank.A` or ``B``.
+
+    Returns:
+        Changed tensors by checkpoint name, rounded as stored, on the CPU; and steps taken, the step that is kept, and
+        the loss of the validation windows before and after.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
@@ -120,7 +105,10 @@ def reconstruct_layer(
         masters = Masters(dict(layer.masters.items()), rates, layer.masked)
         loss = BlockLoss(inputs, wanted, settings.metric, model.device)
         held, train = _split(inputs.samples)
-        order = _order(train, settings.steps, torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63))
+        generator, turns = torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63), settings.steps
+        order = [
+            train[at] for _ in range(0, turns, len(train)) for at in torch.randperm(len(train), generator=generator)
+        ]
         # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
         up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
 
@@ -150,7 +138,7 @@ def reconstruct_layer(
         "held_out_before": state.before,
         "held_out_after": state.best,
     }
-    return Reconstructed(weights, record)
+    return weights, record
 
 
 def _forms(
@@ -159,8 +147,7 @@ def _forms(
     """Return the form of each pruned weight by its name inside the layer, and whether it is transposed."""
     forms: dict[str, tuple[Form, bool]] = {}
     for operator in (operator for group in groups for operator in group):
-        name = model.full_name(index, operator.name)
-        form = Form()
+        name, form = model.full_name(index, operator.name), Form()
         if name + A in parts:
             sparse = parts[model.source(f"{name}.weight")]
             found = {ITSELF: sparse.T if operator.transposed else sparse, "A": parts[name + A], "B": parts[name + B]}
@@ -199,7 +186,7 @@ class BlockLoss:
     def __init__(self, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None, device: torch.device) -> None:
         self.source, self.wanted, self.device, self.root = source, wanted, device, _root(metric, device)
         self._weights: dict[int, Tensor] = {}
-        self.limit = self._energy(self._target(0) - self.inputs(0).float()).median().clamp_min(1e-30)
+        self.limit = self._added(0).median().clamp_min(1e-30)
 
     def inputs(self, window: int) -> Tensor:
         """Return the (1, seqlen, width) hidden states of a window that enter the layer."""
@@ -214,14 +201,17 @@ class BlockLoss:
             difference = difference * self.root if self.root.ndim == 1 else difference @ self.root
         return difference.square().sum(-1)
 
+    @torch.no_grad()
+    def _added(self, window: int) -> Tensor:
+        """Return the (1, seqlen) energies of what the layer adds to each token."""
+        return self._energy(self._target(window) - self.inputs(window).float())
+
     def __call__(self, output: Tensor, window: int) -> Tensor:
         """Compute the loss of a window's (1, seqlen, width) output."""
-        target = self._target(window)
         if window not in self._weights:
-            with torch.no_grad():
-                added = self._energy(target - self.inputs(window).float())
-                self._weights[window] = (self.limit / added).clamp_max(1.0)
-        return (self._weights[window] * self._energy(output.float() - target)).mean() / self.limit
+            self._weights[window] = (self.limit / self._added(window)).clamp_max(1.0)
+        errors = self._energy(output.float() - self._target(window))
+        return (self._weights[window] * errors).mean() / self.limit
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
@@ -247,20 +237,6 @@ def _split(samples: int) -> tuple[list[int], list[int]]:
     return held, [window for window in range(samples) if window not in held] or held
 
 
-def _order(windows: list[int], count: int, generator: torch.Generator) -> list[int]:
-    """Draw ``count`` windows: all of them once in random order, again in another, and so on."""
-    order: list[int] = []
-    while len(order) < count:
-        order += [windows[place] for place in torch.randperm(len(windows), generator=generator).tolist()]
-    return order[:count]
-
-
 def passes(steps: int, samples: int) -> int:
-    """Cost of block reconstruction, in forward passes of one window (a backward pass counts two).
-
-    Args:
-        steps: AdamW steps.
-        samples: calibration windows.
-    """
-    checks = 1 + min(steps, CHECKS)
-    return 3 * steps + checks * len(_split(samples)[0])
+    """Count the forward passes of one window that so many steps take; a backward pass counts two."""
+    return 3 * steps + (1 + min(steps, CHECKS)) * len(_split(samples)[0])

@@ -22,14 +22,12 @@ from ..papers.mamf import Mixture
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..pruning.workers import default_threads
 from ..runs.directory import RecoverDirectory, TrainingDirectory
-from ..runs.lineage import input_run
 from ..runs.log import Listener, read_steps
 from ..runs.records import Report
 from ..runs.settled import TrainingDecision, stamps
-from ..runs.store import Snapshots
 from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.show import count
@@ -40,13 +38,9 @@ from ..text.sources import check_source
 from ..text.training import MAX_HELD_OUT_WINDOWS, PURPOSE, TrainingText, order, training_text
 from .distributed import ShardedSnapshots, World, restored
 from .loop import Loop, State
-from .loss import Objective, TokenLoss
+from .loss import Objective, Teacher, TokenLoss
 from .masked import Trained, descent_of
-from .settle import Inputs, Request, identity, named_dense
-from .teacher import Teacher
-
-MAX_NOT_FINITE = 3
-"""Steps without a finite loss in a row after which training without gradients stops."""
+from .settle import Request, Settling, identity
 
 
 @dataclass
@@ -65,8 +59,10 @@ class Recovery:
     verb: ClassVar[str] = "recover"
     settings: ClassVar[type[Any]] = RecoverRecipe
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
+    texts: ClassVar[str] = "texts"
+    """Name in ``data`` of what is trained on; ``window`` is that of the tokens in a window."""
+    choices: ClassVar[str] = "self, python, c4, or a text file"
     window: ClassVar[str] = "seqlen"
-    """Setting in ``data`` of the tokens in a window."""
     progress: ClassVar[str] = "recovery steps"
 
     run: Any
@@ -83,66 +79,51 @@ class Recovery:
     # --- what a verb does in its own way, before the run is settled
 
     @staticmethod
-    def check_text(recipe: Any) -> None:
-        """Refuse text that is not there or has a fault, before a model is opened."""
-        for text in recipe.data.texts:
-            check_source(text, f"{PURPOSE} source")
-
-    @staticmethod
     def resolved(request: Request) -> Any:
-        """Return the recipe with its text named: that of the input's run where the user names none.
-
-        Raises:
-            FistaPrunerError: the text is not said, and the input is no run that names one.
-        """
+        """Return the recipe with its text, checked: that of the input's run where the user names none."""
         recipe, data = request.recipe, request.recipe.data
-        if not data.texts:
-            origin = input_run(request.model)
-            record = None if origin is None else origin.record()
-            if record is None or record.calibration is None or record.kind == "align":  # pairs are no text
-                raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
-            tasks = {name: str(task.source) for name, task in record.calibration.tasks.items()}
-            single = next(iter(tasks.values()), record.calibration.source)
+        origin = None if data.texts else request.origin
+        if origin is not None and origin.calibration is not None and origin.kind != "align":  # pairs are no text
+            tasks = {name: str(task.source) for name, task in origin.calibration.tasks.items()}
+            single = next(iter(tasks.values()), origin.calibration.source)
             data = data.model_copy(update={"source": tasks if len(tasks) > 1 else single})
-            recipe = recipe.model_copy(update={"data": data})
-            Recovery.check_text(recipe)
-        return recipe
+        for text in data.texts:
+            check_source(text, f"{PURPOSE} source")
+        return recipe.model_copy(update={"data": data})
 
     @staticmethod
-    def check(inputs: Inputs, request: Request, listener: Listener) -> dict[str, int]:
-        """Check and resolve what is left, with the models opened.
-
-        Returns:
-            Sizes that the plan needs (:func:`.plan.plan_training`).
-        """
-        recipe, seqlen, held_out = inputs.recipe, inputs.seqlen, MAX_HELD_OUT_WINDOWS
-        if recipe.loss == "auto" and inputs.dense is None:
-            named = named_dense(request.model, inputs.source)[0]
-            why = "is not known" if named is None else f"is not found, which was {named}"
-            inputs.warnings.append(f"the dense model {why}: the loss is that of the text (ce); better give --dense")
-            listener.say(inputs.warnings[-1])
+    def check(settling: Settling) -> dict[str, int]:
+        """Check and resolve what is left, with the models open; return the sizes that the plan needs."""
+        recipe, seqlen, dense = settling.recipe, settling.seqlen, settling.dense
         if recipe.loss == "auto":
-            recipe = recipe.model_copy(update={"loss": "ce" if inputs.dense is None else "kl"})
-            inputs.recipe = recipe
-        check_mixture(recipe, seqlen)
-        stored = 0 if recipe.loss == "ce" else recipe.windows_of(seqlen) + held_out
-        return {"seqlen": seqlen, "steps": recipe.steps_of(seqlen), "stored": stored, "held_out": held_out}
+            if dense is None:
+                why = "is not known" if settling.named is None else f"is not found, which was {settling.named}"
+                settling.warn(f"the dense model {why}: the loss is that of the text (ce); better give --dense")
+            settling.recipe = recipe = recipe.model_copy(update={"loss": "ce" if dense is None else "kl"})
+        steps, windows, a_step = recipe.steps_of(seqlen), recipe.windows_of(seqlen), recipe.windows_per_step
+        if (tasks := len(recipe.data.texts)) > 1:
+            mixture = Mixture(tasks, recipe.data.per_round)
+            enough = f"at least {-(-mixture.least // a_step)} steps and {mixture.least * seqlen} tokens"
+            mixture.draw(min(steps * a_step, windows), enough)
+        stored = 0 if recipe.loss == "ce" else windows + MAX_HELD_OUT_WINDOWS
+        return {"seqlen": seqlen, "steps": steps, "stored": stored, "held_out": MAX_HELD_OUT_WINDOWS}
 
     @staticmethod
-    def cut(inputs: Inputs, listener: Listener) -> TrainingText:
+    def cut(settling: Settling) -> TrainingText:
         """Read or generate the text, hold documents out, and cut windows; it may take long."""
-        recipe, data, generator = inputs.recipe, inputs.recipe.data, inputs.dense or inputs.model
-        windows = recipe.windows_of(inputs.seqlen)
+        recipe, data, seqlen, say = settling.recipe, settling.recipe.data, settling.seqlen, settling.listener.say
+        windows = recipe.windows_of(seqlen)
 
         def load_model() -> Any:
-            source, samples = inputs.dense_source or inputs.source, windows + MAX_HELD_OUT_WINDOWS
-            return load_writer(source, generator, samples, inputs.seqlen, recipe.execution.memory_limit, "--data")
+            source, model = settling.dense_source or settling.source, settling.dense or settling.model
+            limit = recipe.execution.memory_limit
+            return load_writer(source, model, windows + MAX_HELD_OUT_WINDOWS, seqlen, limit, "--data")
 
-        tokens, texts = min(data.tokens, windows * inputs.seqlen), ", ".join(data.texts)
-        listener.say(f"training text: {count(tokens)} tokens in windows of {inputs.seqlen} from {texts}")
+        tokens = count(min(data.tokens, windows * seqlen))
+        say(f"training text: {tokens} tokens in windows of {seqlen} from {', '.join(data.texts)}")
         with cpu_threads(default_threads(recipe.execution)):
-            made = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say, windows)
-        inputs.model.check_tokens(made.tokens)
+            made = training_text(data, settling.tokenizer, seqlen, load_model, say, windows)
+        settling.model.check_tokens(made.tokens)
         release_memory()  # documents
         return made
 
@@ -159,12 +140,8 @@ class Recovery:
             teacher = self.teacher([*self.text.windows("held_out"), *windows.flatten().tolist()], listener)
         return Objective(self.model, run, self.text, TokenLoss(share), teacher, **self.passes)
 
-    def measured(self, trained: Trained | ForwardOnly, listener: Listener) -> Any:
-        """Measure the trained model, in all processes, for :meth:`describe`."""
-        return None
-
-    def describe(self, measured: Any, report: Report, listener: Listener) -> None:
-        """Add what :meth:`measured` returned to the report."""
+    def describe(self, trained: Trained | ForwardOnly, report: Report | None, listener: Listener) -> None:
+        """Measure the trained model, in all processes; the first has a report to add figures to."""
 
     # --- what both verbs do
 
@@ -210,7 +187,12 @@ class Recovery:
             if state is not None and (state.stopped or state.step == self.decision.steps):
                 trained.restore()
             else:
-                state = self._train(trained, states, state, listener, after_snapshot)
+                windows = self.order()
+                objective = self.objective(self.runner(trained), windows, listener)
+                loop = self._loop(trained, objective, windows)
+                loop.states, loop.listener, loop.after_snapshot = states, listener, after_snapshot
+                with objective.resident():
+                    state = loop.run(state)
             yield trained, state
 
     def _trainable(self, loaded: ExitStack) -> Trained | ForwardOnly:
@@ -229,12 +211,9 @@ class Recovery:
         rate, best = RATE if recipe.lr == "auto" else recipe.lr, self.run.states.folder / "best.safetensors"
         return ForwardOnly(self.model, self.layout, draw, best, rate, recipe.seed)
 
-    def _train(
-        self, trained: Any, states: Snapshots, state: State | None, listener: Listener, after: Callable[[], None]
-    ) -> State:
-        """Take the steps that are left."""
-        windows, world, text, zeroth = self.order(), self.world, self.text, self.recipe.zeroth_order
-        objective, held_out = self.objective(self.runner(trained), windows, listener), text.windows("held_out")
+    def _loop(self, trained: Any, objective: Objective, windows: Tensor) -> Loop:
+        """Make the loop over (steps, windows) numbers of windows."""
+        world, text, zeroth, held_out = self.world, self.text, self.recipe.zeroth_order, self.text.windows("held_out")
 
         def step(number: int, factor: float) -> tuple[float, float]:
             chosen = windows[number - 1].tolist()
@@ -253,24 +232,18 @@ class Recovery:
             found = {n: float(sums[at].sum() / counts[at].sum()) for n, at in places.items() if bool(at.any())}
             return sum(found.values()) / len(found), found if len(found) > 1 else {}
 
-        loop = Loop(
+        return Loop(
             trained=trained,
             steps=len(windows),
             step=step,
             held_out=check,
             tokens=lambda number: int(objective.loss_tokens(windows[number - 1].tolist())),
             descent=descent_of(self.recipe),
-            patient=MAX_NOT_FINITE if zeroth else 1,
-            states=states,
             journal=self.run.steps_file if world.rank == 0 else None,
             fingerprint=self.fingerprint,
-            listener=listener,
             what=self.progress,
-            after_snapshot=after,
             agree=world.tell,
         )
-        with objective.resident():
-            return loop.run(state)
 
     def runner(self, trained: Trained | ForwardOnly) -> Any:
         """Return what runs a decoder layer of the model that is trained."""
@@ -283,15 +256,10 @@ class Recovery:
 
     def teacher(self, windows: Sequence[int], listener: Listener) -> Teacher:
         """Return the dense model's predictions of some windows, cached."""
-        batch_size, dense, tokens = self.decision.numerics.batch_size, self.open_dense(), self.text.tokens
+        dense = self.open_dense()
         check_model(dense)
-        how: dict[str, Any] = {
-            "batch_size": batch_size,
-            "identity": self.fingerprint,
-            "windows": windows,
-            "tick": listener.tick,
-        }
-        teacher = Teacher(dense, tokens, self.run.teacher, **how)
+        batch_size, tick = self.decision.numerics.batch_size, listener.tick
+        teacher = Teacher(dense, self.text.tokens, self.run.teacher, batch_size, windows, self.fingerprint, tick)
         if self.world.rank == 0:
             teacher.prepare()
         self.world.tell()
@@ -308,31 +276,8 @@ class Recovery:
 
 
 def require_same(run: TrainingDirectory, what: Any, same: Any) -> None:
-    """Refuse to go on with other files than a run began with.
-
-    Raises:
-        FistaPrunerError: ``what`` is not the same.
-    """
+    """Refuse to go on where ``what`` is not the same as when the run began."""
     if not same:
         raise FistaPrunerError(
             f"{what} is gone or damaged, or not what the run in {run.folder} began with: name another --out"
         )
-
-
-def check_mixture(recipe: RecoverRecipe, seqlen: int) -> None:
-    """Refuse too few steps or tokens for the tasks of a mixture, in windows of ``seqlen`` tokens.
-
-    Raises:
-        FistaPrunerError: names the windows that it needs, and the steps or tokens that make them.
-    """
-    data = recipe.data
-    if len(data.tasks) > 1:
-        windows = min(recipe.steps_of(seqlen) * recipe.windows_per_step, recipe.windows_of(seqlen))
-        mixture = Mixture(len(data.tasks), data.per_round, data.seed)
-        steps = -(-mixture.least // recipe.windows_per_step)
-        more = [f"at least {steps} steps"] if recipe.steps is not None and recipe.steps < steps else []
-        if recipe.steps is None:
-            more = [f"at least {steps * recipe.windows_per_step * seqlen} tokens"]
-        elif -(-data.tokens // seqlen) < mixture.least:
-            more.append(f"at least {mixture.least * seqlen} tokens")
-        mixture.draw(windows, " and ".join(more))

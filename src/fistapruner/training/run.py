@@ -18,7 +18,7 @@ from ..measure.run import measure
 from ..models.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
-from ..pruning.result import (
+from ..pruning.write import (
     check_zeros,
     checkpoint_record,
     close_report,
@@ -26,7 +26,6 @@ from ..pruning.result import (
     operator_claims,
     refuse_foreign_files,
     reporting_failure,
-    stored_weights,
     write_low_rank,
     write_model,
 )
@@ -34,13 +33,11 @@ from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
 from ..runs.directory import TrainingDirectory, refuse_out
 from ..runs.lineage import update_stage
-from ..runs.lock import hold
-from ..runs.log import Listener, Logged, Times, log_file, read_steps, spent
+from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runs.settled import (
     TrainingRecord,
     absolute,
-    execution_here,
     interrupted_with,
     refuse_other_settings,
     refuse_other_versions,
@@ -58,7 +55,7 @@ from .loop import State
 from .masked import Trained
 from .plan import Plan
 from .recovery import Recovery
-from .settle import Request, asked, check_inputs, settle
+from .settle import Request, Settling
 
 RECOVER: type[Recovery] = Recovery
 ALIGN: type[Recovery] = Alignment
@@ -104,6 +101,8 @@ def recover(
     """
     kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
     request = Request(
+        kind,
+        kind.directory(out_path(out)),
         path_text("model", model, A_MODEL),
         kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
@@ -112,7 +111,7 @@ def recover(
         evaluate,
         evaluate_windows,
     )
-    return _run(kind, kind.directory(out_path(out)), request, listener or Listener())
+    return _run(request, listener or Listener())
 
 
 def align(
@@ -147,45 +146,47 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    request = Request(str(model), recipe, None if dense is None else str(dense), permissions, evaluate=None)
-    return check_inputs(ALIGN if isinstance(recipe, AlignRecipe) else RECOVER, request, folder, Listener())[1]
+    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
+    named = None if dense is None else str(dense)
+    request = Request(kind, kind.directory(folder), str(model), recipe, named, permissions, evaluate=None)
+    return Settling(request, Listener()).plan
 
 
 def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions, listener: Listener) -> Report:
-    """Continue a run as it was begun.
-
-    Args:
-        kind: the verb that began it.
-        folder: its directory, with a record.
-        permissions: what the models' files may do.
-        listener: receives progress.
-    """
+    """Continue a run of a verb as it was begun; ``permissions`` say what the models' files may do."""
     run = kind.directory(folder)
     record = run.begun_record()
     recipe = kind.settings.build(record.decision.asked, str(run.run_file))
-    execution = kind.settings.build(record.recipe, str(run.run_file)).execution
-    recipe = recipe.model_copy(update={"execution": execution_here(execution, listener)})
-    return _run(kind, run, Request(record.decision.model, recipe, None, permissions, record.command), listener)
+    request = Request(kind, run, record.decision.model, recipe, None, permissions, record.command)
+    return _run(request, listener)
 
 
-def _run(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener) -> Report:
+def _run(request: Request, told: Listener) -> Report:
     """Do what is left of a run, alone or as one of the processes of torchrun."""
-    execution = request.recipe.execution
+    recipe, execution, run = request.recipe, request.recipe.execution, request.run
     with undisturbed(), joined(execution.device, execution.offload) as world:
         if world.size > 1:
-            _refuse_undivided(request.recipe, world.size)
+            _refuse_undivided(recipe, world.size)
             execution = execution.model_copy(update={"device": str(world.device)})
-            request = replace(request, recipe=request.recipe.model_copy(update={"execution": execution}))
-        if world.rank:
-            return _follow(kind, run, request, world)
-        try:
-            report = _lead(kind, run, request, told, world)
-        except FistaPrunerError as error:
-            world.announce(str(error))
-            raise
-        world.announce(DONE)
+            request = replace(request, recipe=recipe.model_copy(update={"execution": execution}))
+        if world.rank == 0:
+            try:
+                report = _lead(request, told, world)
+            except FistaPrunerError as error:
+                world.announce(str(error))
+                raise
+            world.announce(DONE)
+            world.tell()
+            return report
+        if (said := world.tell()) == READY:
+            training = request.verb.open(run, execution, request.permissions, world)
+            with training.trained(Listener(), lambda: None) as (trained, _):
+                training.describe(trained, None, Listener())
+                dict(trained.result())  # whose tensors may be divided among all
+        elif said != DONE:
+            raise FistaPrunerError(said)
         world.tell()
-        return report
+        return run.read_report()
 
 
 def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
@@ -200,20 +201,9 @@ def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
         raise FistaPrunerError(fault)
 
 
-def _follow(kind: type[Recovery], run: TrainingDirectory, request: Request, world: World) -> Report:
-    """Train along with process 0, which settles and writes."""
-    if (said := world.tell()) == READY:
-        training = kind.open(run, request.recipe.execution, request.permissions, world)
-        with training.trained(Listener(), lambda: None) as (trained, _):
-            _results(training, trained, Listener())
-    elif said != DONE:
-        raise FistaPrunerError(said)
-    world.tell()
-    return run.read_report()
-
-
-def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: Listener, world: World) -> Report:
+def _lead(request: Request, told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
+    run, permissions, execution = request.run, request.permissions, request.recipe.execution
     run.check_place()
     refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
@@ -223,41 +213,43 @@ def _lead(kind: type[Recovery], run: TrainingDirectory, request: Request, told: 
         hold(run.folder),
         log_file(run.log_file),
     ):
-        listener = Logged(told)
+        listener, begun = Logged(told), run.record()
         report, fault = None, None
-        if (begun := run.record()) is not None:
-            _refuse_other(run, begun, request)
+        if begun is not None:
+            _refuse_other(begun, request)
             report, fault = run.finished_report(begun.fingerprint)
+        if fault:
+            listener.say(fault)
         if report is None or fault:
-            if fault:
-                listener.say(fault)
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
-                reset_peak_memory(choose_device(request.recipe.execution.device))
+                reset_peak_memory(choose_device(execution.device))
                 if begun is None:
-                    settle(kind, run, request, listener)
+                    Settling(request, listener).write()
                 elif report is None:
                     refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
-                training = kind.open(run, request.recipe.execution, request.permissions, world)
+                training = request.verb.open(run, execution, permissions, world)
                 refuse_foreign_files(run, training.fingerprint)
                 world.announce(READY)
                 with training.trained(listener, times.note) as (trained, state):
                     report = _write(training, trained, state, times, listener, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
-        evaluation = request.evaluation(run.begun_record().decision)
-        return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
+        return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
 
 
-def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Request) -> None:
+def _refuse_other(begun: TrainingRecord, request: Request) -> None:
     """Refuse a command for a run directory that holds another run."""
-    decision = begun.decision
-    here = {"model": absolute(request.model), **asked(request.recipe)}
+    decision, asked = (
+        begun.decision,
+        request.recipe.with_absolute_files().model_dump(mode="json", exclude={"execution"}),
+    )
+    here = {"model": absolute(request.model), **asked}
     if request.dense is not None:
         here["dense"] = str(request.permissions.find(request.dense).folder.absolute())
-    before = {"model": decision.model, "dense": decision.dense and str(decision.dense), **decision.asked}
-    refuse_other_settings(run, before, here)
+    dense = decision.dense and str(decision.dense)
+    refuse_other_settings(request.run, {"model": decision.model, "dense": dense, **decision.asked}, here)
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
@@ -271,13 +263,6 @@ def _how_to_continue(run: TrainingDirectory) -> str:
     return f"interrupted {where}; {how}"
 
 
-def _results(training: Recovery, trained: Trained | ForwardOnly, listener: Listener) -> tuple[Any, dict[str, Tensor]]:
-    """Measure a trained model and take its changed tensors, by checkpoint name; called by all processes."""
-    measured = training.measured(trained, listener)
-    listener.tick("comparing the trained weights with the input's", 0, 1)
-    return measured, dict(trained.result())
-
-
 def _write(
     training: Recovery,
     trained: Trained | ForwardOnly,
@@ -288,16 +273,14 @@ def _write(
 ) -> Report:
     """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
 
-    Args:
-        training: the opened run; ``trained``: its loaded model with the best weights; ``state``: where training ended.
-        times: wall time of the run so far.
-        listener: receives progress.
-        earlier: report of the finished run whose checkpoint is written again.
+    ``trained`` is the loaded model with the best weights, ``state`` where training ended, and ``earlier`` the report of
+    the finished run whose checkpoint is written again.
     """
     run, model = training.run, training.model
-    measured, changed = _results(training, trained, listener)
     report: Report = run.begun_record().report()
-    training.describe(measured, report, listener)
+    training.describe(trained, report, listener)
+    listener.tick("comparing the trained weights with the input's", 0, 1)
+    changed = dict(trained.result())
     report.layers = [_layer(training, changed, index) for index in range(len(model))]
     _describe(training, trained, state, report)
     report.totals = Totals(
@@ -322,7 +305,8 @@ def _write(
         return model_documents(model_card(report), {**content, **checkpoint_record(report, claims)})
 
     write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
-    check_zeros(run.model, model.checkpoint, stored_weights(model, training.layout))
+    trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
+    check_zeros(run.model, model.checkpoint, trained_weights)
     assert report.recovery is not None
     report.totals.time_split["train"] = report.recovery.seconds
     close_report(run, report, earlier, times, begin)

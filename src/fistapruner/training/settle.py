@@ -7,7 +7,7 @@ checksum.
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import torch
 
 from ..core.constraints import counted_sparsity
 from ..errors import FistaPrunerError
-from ..measure.data import check_data, evaluation_documents, load_windows
+from ..measure.data import check_data, load_windows
 from ..measure.inspection import inspect_checkpoint
+from ..measure.run import shared_text
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import LowRankAdapter
 from ..models.operators import Layout, discover
@@ -24,7 +25,7 @@ from ..models.record import lost_structure, read_pruning_record, refuse_low_rank
 from ..models.source import UNTRUSTED, ModelSource, Permissions, pad_with_known_token
 from ..packed.checkpoint import is_packed
 from ..passes.stream import check_model
-from ..pruning.opened import open_model
+from ..pruning.context import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
 from ..runs.directory import TrainingDirectory, checkpoint_of
@@ -34,6 +35,7 @@ from ..runs.records import CalibrationFacts
 from ..runs.records import Recovery as RecoveryFacts
 from ..runs.settled import (
     EvaluationRequest,
+    RunRecord,
     TrainingDecision,
     TrainingRecord,
     absolute,
@@ -48,9 +50,9 @@ from ..runtime.numerics import dtype_name, pass_dtype
 from ..runtime.show import shell_line
 from ..settings.train import TrainingRecipe
 from ..text.sources import PYTHON
-from ..text.training import TrainingText, shared_documents
+from ..text.training import TrainingText
 from ..text.windows import window_length
-from .plan import Plan, plan_training
+from .plan import plan_training
 
 if TYPE_CHECKING:
     from .recovery import Recovery
@@ -61,8 +63,10 @@ TRAINING_SEQLEN = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks of a run that trains; its fields are arguments of :func:`fistapruner.recover`."""
+    """What a command asks of a run that trains: arguments of :func:`fistapruner.recover`."""
 
+    verb: type[Recovery]
+    run: TrainingDirectory
     model: str
     recipe: Any
     dense: str | None = None
@@ -71,108 +75,34 @@ class Request:
     evaluate: str | Path | None = "auto"
     evaluate_windows: int | None = None
 
-    def evaluation(self, decided: TrainingDecision | None = None) -> EvaluationRequest | None:
+    @property
+    def origin(self) -> RunRecord | None:
+        """The record of the run that made the model; None where it is of none."""
+        run = input_run(self.model)
+        return None if run is None else run.record()
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All settings as a user asked for them, with absolute paths."""
+        settings: dict[str, Any] = self.recipe.with_absolute_files().model_dump(mode="json")
+        return settings
+
+    def evaluation(self, begun: TrainingRecord | None = None) -> EvaluationRequest | None:
         """Return the text to evaluate on: as asked, of the begun run, or of the input's run; or None."""
-        origin = input_run(self.model)
-        record = None if origin is None else origin.record()
-        before = None if record is None else record.decision.evaluation
+        origin = self.origin
+        before = origin.decision.evaluation if origin else None
         if self.evaluate != "auto":
             found = evaluation_on(self.evaluate, self.evaluate_windows)
+        elif begun is not None:
+            found = begun.decision.evaluation
         else:
-            found = before if record else EvaluationRequest(data=PYTHON)
-            found = decided.evaluation if decided is not None else found
+            found = before if origin else EvaluationRequest(data=PYTHON)
         if found is None:
             return None
         seqlen = found.seqlen or (before.seqlen if before else None)  # as the input was evaluated, or calibrated
-        if seqlen is None and record is not None and record.calibration is not None:
-            seqlen = record.calibration.seqlen
+        if seqlen is None and origin is not None and origin.calibration is not None:
+            seqlen = origin.calibration.seqlen
         return found.model_copy(update={"windows": self.evaluate_windows or found.windows, "seqlen": seqlen})
-
-
-@dataclass
-class Inputs:
-    """The checked input of a run that trains, and its plan.
-
-    Args:
-        source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
-        claims: sparsity of each of these, by full name, as the input's record has it or as it was found.
-        zeros: of all pruned operators, those that are not trained among them.
-        dense_source, dense: the dense model; None where it is not known.
-        recipe: all settings, resolved.
-        tokenizer: of the model; ``seqlen``: tokens in a window.
-        evaluation: the text to evaluate on.
-        warnings: for the report.
-        text: the training text, where it is cut before the plan.
-    """
-
-    source: ModelSource
-    model: LayerwiseModel
-    layout: Layout
-    claims: dict[str, str]
-    zeros: int
-    dense_source: ModelSource | None
-    dense: LayerwiseModel | None
-    recipe: Any
-    tokenizer: Any
-    seqlen: int
-    evaluation: EvaluationRequest | None
-    warnings: list[str] = field(default_factory=list)
-    text: TrainingText | None = None
-
-
-def settle(kind: type[Recovery], run: TrainingDirectory, request: Request, listener: Listener) -> None:
-    """Check the input, plan, cut the text, and write ``recipe.yaml`` and ``run.json``.
-
-    Raises:
-        FistaPrunerError: bad input, named; or the run does not fit.
-    """
-    inputs, plan = check_inputs(kind, request, run.folder, listener)
-    if plan.refusal:
-        raise FistaPrunerError(plan.refusal)
-    listener.say(str(plan))
-    text = inputs.text or kind.cut(inputs, listener)
-    run.write_text(text)
-    if inputs.evaluation is not None:
-        name = inputs.evaluation.data
-        if warning := shared_documents(text.documents, evaluation_documents(name), name):
-            listener.say(warning)
-            inputs.warnings.append(warning)
-    _record(run, request, inputs, text, plan)
-
-
-def check_inputs(kind: type[Recovery], request: Request, out: Path, listener: Listener) -> tuple[Inputs, Plan]:
-    """Check everything that can be checked before any long work, and plan.
-
-    Raises:
-        FistaPrunerError: bad input, named.
-    """
-    evaluation = request.evaluation()
-    if evaluation is not None:
-        check_data(evaluation.data)
-    kind.check_text(request.recipe)
-    keeps_low_rank = kind.verb == "recover" and not request.recipe.zeroth_order
-    source = find_input(request.model, request.permissions, None if keeps_low_rank else kind.verb)
-    listener.say(f"model {request.model}: {source.folder}")
-    listener.tick("opening and checking the model", 0, 1)
-    recipe = kind.resolved(request).with_absolute_files()
-    model = open_model(source, recipe)
-    if model.dtype == torch.float16:  # which does not hold small gradients
-        model = open_model(source, recipe, dtype=dtype_name(pass_dtype(torch.bfloat16, model.device)))
-    layout, claims, zeros = _operators(source, model, recipe, listener)
-    check_model(model)
-    dense_source, dense = _dense(request, recipe, source, model)
-    tokenizer = source.tokenizer()
-    pad_with_known_token(tokenizer, model.embedded_tokens)
-    seqlen = window_length(getattr(recipe.data, kind.window), model, TRAINING_SEQLEN, f"data.{kind.window}")
-    if evaluation is not None:  # a fault in the text shows now
-        evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or seqlen})
-        cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
-        model.check_tokens(cut.tokens)
-    inputs = Inputs(source, model, layout, claims, zeros, dense_source, dense, recipe, tokenizer, seqlen, evaluation)
-    sizes = kind.check(inputs, request, listener)
-    listener.tick("planning", 0, 1)
-    with cpu_threads(default_threads(recipe.execution)):
-        return inputs, plan_training(model, layout, inputs.recipe, out, **sizes)
 
 
 def find_input(model: str, permissions: Permissions, drops_low_rank: str | None) -> ModelSource:
@@ -191,130 +121,167 @@ def find_input(model: str, permissions: Permissions, drops_low_rank: str | None)
     return found
 
 
-def named_dense(model: str, source: ModelSource) -> tuple[str | Path | None, tuple[tuple[str, str], ...]]:
-    """Return the folder or name that the input's run or lineage has of the dense model, and its stamps."""
-    origin = input_run(model)
-    known = dense_of(origin)
-    return (dense_name(lineage_of(source.folder)), ()) if known is None else (known.folder, known.stamps)
+class Settling:
+    """A run that trains on its way to ``run.json``: what a command asks is checked, and the run planned.
 
-
-def _dense(
-    request: Request, recipe: TrainingRecipe, source: ModelSource, model: LayerwiseModel
-) -> tuple[ModelSource | None, LayerwiseModel | None]:
-    """Find and open the dense model that the user, the input's run or its lineage names.
+    Nothing is written yet. ``dense`` is None where the dense model is not known, or not found under the name ``named``;
+    ``claims`` is the sparsity of the operators to train, by full name, and ``zeros`` counts those of all operators.
 
     Raises:
-        FistaPrunerError: it is needed and not found; it has changed, has a low-rank part or another vocabulary, or is
-            the model that is trained.
+        FistaPrunerError: bad input, named, before any long work.
     """
-    need, found = recipe.dense_for, None
-    named, noted = named_dense(request.model, source) if request.dense is None else (request.dense, ())
-    with suppress(FistaPrunerError) if request.dense is None else nullcontext():
-        found = request.permissions.find(named) if named and (need is not None or request.dense) else None
-    if found is None:
-        if need:
-            where = "does not name" if named is None else f"names as {named}, where it is not"
-            raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} {where}: give --dense MODEL")
-        return None, None
-    refuse_low_rank(found.folder, "--dense")
-    dense = open_model(found, recipe, dtype=dtype_name(model.dtype))
-    fault = changed_files(noted, found) if noted else None
-    if found.folder.resolve() == source.folder.resolve():
-        fault = f"{found.folder} is the model that is trained"
-    elif dense.vocabulary != model.vocabulary:
-        fault = f"{found.folder} predicts {dense.vocabulary} tokens, {source.folder} {model.vocabulary}"
-    if fault:
-        raise FistaPrunerError(f"the dense model {fault}: name the model that was pruned with --dense")
-    check_model(dense)
-    return found, dense
+
+    def __init__(self, request: Request, listener: Listener) -> None:
+        verb, self.request, self.listener = request.verb, request, listener
+        self.evaluation, self.warnings = request.evaluation(), list[str]()
+        self.text: TrainingText | None = None
+        if self.evaluation is not None:
+            check_data(self.evaluation.data)
+        self.recipe = recipe = verb.resolved(request).with_absolute_files()
+        keeps_low_rank = verb.verb == "recover" and not recipe.zeroth_order
+        self.source = find_input(request.model, request.permissions, None if keeps_low_rank else verb.verb)
+        if not getattr(recipe.data, verb.texts):
+            raise FistaPrunerError(f"say what to train on with --data: {verb.choices}")
+        listener.say(f"model {request.model}: {self.source.folder}")
+        listener.tick("opening and checking the model", 0, 1)
+        self.model = model = open_model(self.source, recipe)
+        if model.dtype == torch.float16:  # which does not hold small gradients
+            dtype = dtype_name(pass_dtype(torch.bfloat16, model.device))
+            self.model = model = open_model(self.source, recipe, dtype=dtype)
+        layout = self._operators()
+        check_model(model)
+        self._find_dense()
+        self.tokenizer = self.source.tokenizer()
+        pad_with_known_token(self.tokenizer, model.embedded_tokens)
+        given = getattr(recipe.data, verb.window)
+        self.seqlen = window_length(given, model, TRAINING_SEQLEN, f"data.{verb.window}")
+        if (found := self.evaluation) is not None:  # a fault in the text shows now
+            length = found.seqlen or self.seqlen
+            self.evaluation = found.model_copy(update={"seqlen": length})
+            model.check_tokens(load_windows(found.data, self.tokenizer, length, found.windows).tokens)
+        sizes = verb.check(self)
+        listener.tick("planning", 0, 1)
+        with cpu_threads(default_threads(recipe.execution)):
+            self.plan = plan_training(model, layout, self.recipe, request.run.folder, **sizes)
+
+    def warn(self, sentence: str) -> None:
+        """Say a warning, now and in the report."""
+        self.listener.say(sentence)
+        self.warnings.append(sentence)
+
+    def _operators(self) -> Layout:
+        """Find the operators to train, which have zeros; of a model that lost channels, heads or experts, all."""
+        folder, model, tick = self.source.folder, self.model, self.listener.tick
+        found = inspect_checkpoint(
+            folder,
+            allow_pickle=self.source.allow_pickle,
+            progress=lambda _, done, total: tick("tensors whose zeros were checked", done, total),
+        )
+        pruned = {operator.name: operator for operator in found.pruned}
+        layout, smaller, claims = discover(model), lost_structure(read_pruning_record(folder)), dict[str, str]()
+        for name, _ in layout.operators():
+            if (each := pruned.get(model.source(f"{name}.weight"))) is not None:
+                claims[name] = each.claim or each.pattern or counted_sparsity(each.zeros, each.weights)
+            elif smaller:
+                claims[name] = "0%"
+        fault = None if claims else "has no operator with zeros to keep; prune it first"
+        if found.violations:
+            fault = f"is not what its record claims: {found.violations[0]}; '{shell_line('inspect', folder)}' shows all"
+        if fault is not None:
+            raise FistaPrunerError(f"{folder} {fault}")
+        layout = layout.only(claims).select(self.recipe, "train")
+        self.claims = {name: claims[name] for name, _ in layout.operators()}
+        self.zeros = sum(operator.zeros for operator in found.pruned)
+        return layout
+
+    def _find_dense(self) -> None:
+        """Find and open the dense model that the user, the input's run or its lineage names."""
+        request, need, folder = self.request, self.recipe.dense_for, self.source.folder
+        self.dense_source: ModelSource | None = None
+        self.dense: LayerwiseModel | None = None
+        known = None if request.dense else dense_of(input_run(request.model))
+        self.named = request.dense or (str(known.folder) if known else dense_name(lineage_of(folder)))
+        if self.named and (need is not None or request.dense):
+            with suppress(FistaPrunerError) if request.dense is None else nullcontext():
+                self.dense_source = request.permissions.find(self.named)
+        if self.dense_source is None:
+            if need:
+                where = "does not name" if self.named is None else f"names as {self.named}, where it is not"
+                raise FistaPrunerError(f"{need} needs the dense model, which {folder} {where}: give --dense MODEL")
+            return
+        found = self.dense_source
+        refuse_low_rank(found.folder, "--dense")
+        self.dense = dense = open_model(found, self.recipe, dtype=dtype_name(self.model.dtype))
+        fault = changed_files(known.stamps, found) if known and known.stamps else None
+        if found.folder.resolve() == folder.resolve():
+            fault = f"{found.folder} is the model that is trained"
+        elif dense.vocabulary != self.model.vocabulary:
+            fault = f"{found.folder} predicts {dense.vocabulary} tokens, {folder} {self.model.vocabulary}"
+        if fault:
+            raise FistaPrunerError(f"the dense model {fault}: name the model that was pruned with --dense")
+        check_model(dense)
+
+    def write(self) -> None:
+        """Cut the text, and write it, ``recipe.yaml`` and ``run.json``; a run that does not fit is refused."""
+        if self.plan.refusal:
+            raise FistaPrunerError(self.plan.refusal)
+        self.listener.say(str(self.plan))
+        request, run, recipe, model = self.request, self.request.run, self.recipe, self.model
+        text = self.text or request.verb.cut(self)
+        run.write_text(text)
+        if self.evaluation is not None and not len(text.test):  # pairs are no documents
+            sources = [task["source"] for task in text.facts["tasks"].values()]
+            if warning := shared_text(sources, self.evaluation.data, training=True):
+                self.warn(warning)
+        numerics = numerics_of(model, recipe.execution, self.plan.batch_size)
+        low_rank = LowRankAdapter.beside(self.source.folder)
+        decision = TrainingDecision(
+            model=absolute(request.model),
+            folder=self.source.folder.absolute(),
+            stamps=tuple(stamps(model.checkpoint)),
+            numerics=numerics,
+            evaluation=self.evaluation,
+            asked=request.asked,
+            dense=self.dense_source and self.dense_source.folder.absolute(),
+            dense_stamps=tuple(stamps(self.dense.checkpoint)) if self.dense else (),
+            checkpointing=self.plan.checkpointing,
+            operators=self.claims,
+            zeros=self.zeros,
+            low_rank=None if low_rank is None else low_rank.sampled,
+            windows_sha256=sha256_file(run.text_file),
+            steps=self.plan.steps,
+        )
+        run.write_recipe(recipe.to_yaml())
+        run.write_record(
+            TrainingRecord(
+                kind=run.verb,
+                **common_fields(request, self, recipe, numerics.threads, lineage_of(self.source.folder)),
+                fingerprint=identity(recipe, model, text, decision),
+                **_facts(recipe, text, self.plan.steps),
+                decision=decision,
+            )
+        )
 
 
-def _operators(
-    source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe, listener: Listener
-) -> tuple[Layout, dict[str, str], int]:
-    """Find the operators to train, and check the claims about their zeros; count all zeros.
-
-    They are those with zeros; of a model that lost channels, heads or experts, all.
-    """
-    folder = source.folder
-    found = inspect_checkpoint(
-        folder,
-        allow_pickle=source.allow_pickle,
-        progress=lambda _, done, total: listener.tick("tensors whose zeros were checked", done, total),
-    )
-    fault = None
-    if found.violations:
-        fault = f"is not what its record claims: {found.violations[0]}; '{shell_line('inspect', folder)}' shows all"
-    pruned = {operator.name: operator for operator in found.pruned}
-    layout, smaller, claims = discover(model), lost_structure(read_pruning_record(folder)), {}
-    for name, _ in layout.operators():
-        if (operator := pruned.get(model.source(f"{name}.weight"))) is not None:
-            claims[name] = operator.claim or operator.pattern or counted_sparsity(operator.zeros, operator.weights)
-        elif smaller:
-            claims[name] = "0%"
-    if fault is None and not claims:
-        fault = "has no operator with zeros to keep; prune it first"
-    if fault is not None:
-        raise FistaPrunerError(f"{folder} {fault}")
-    layout = layout.only(claims).select(recipe, "train")
-    names = {name for name, _ in layout.operators()}
-    zeros = sum(operator.zeros for operator in found.pruned)
-    return layout, {name: claim for name, claim in claims.items() if name in names}, zeros
-
-
-def _record(run: TrainingDirectory, request: Request, inputs: Inputs, text: TrainingText, plan: Plan) -> None:
-    """Write ``recipe.yaml`` and ``run.json``."""
-    recipe: TrainingRecipe = inputs.recipe
-    numerics = numerics_of(inputs.model, recipe.execution, plan.batch_size)
-    low_rank = LowRankAdapter.beside(inputs.source.folder)
-    decision = TrainingDecision(
-        model=absolute(request.model),
-        folder=inputs.source.folder.absolute(),
-        stamps=tuple(stamps(inputs.model.checkpoint)),
-        numerics=numerics,
-        evaluation=inputs.evaluation,
-        asked=asked(request.recipe),
-        dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
-        dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
-        checkpointing=plan.checkpointing,
-        operators=inputs.claims,
-        zeros=inputs.zeros,
-        low_rank=None if low_rank is None else low_rank.sampled,
-        windows_sha256=sha256_file(run.text_file),
-        steps=plan.steps,
-    )
+def _facts(recipe: Any, text: TrainingText, steps: int) -> dict[str, Any]:
+    """Describe the text and what is trained, for the report."""
     tasks = text.facts["tasks"].values()
     read = {side: [task[side]["documents"] for task in tasks] for side in ("trained", "held_out")}
     documents = {side: None if None in counts else sum(counts) for side, counts in read.items()}
+    windows = {"samples": len(text.tokens), "seqlen": text.tokens.shape[1], "tokens": text.tokens.numel()}
+    how = "; ".join(dict.fromkeys(task["how"] for task in tasks))
     recovery = RecoveryFacts(
         parameters=recipe.parameters,
         optimizer=recipe.optimizer,
         loss=recipe.loss,
-        asked_steps=plan.steps,
+        asked_steps=steps,
         windows=len(text.windows("trained")),
         held_out_windows=len(text.windows("held_out")),
         documents=documents["trained"],
         held_out_documents=documents["held_out"],
     )
-    windows = {"samples": len(text.tokens), "seqlen": text.tokens.shape[1], "tokens": text.tokens.numel()}
-    how = "; ".join(dict.fromkeys(task["how"] for task in tasks))
     facts = {"source": ", ".join(text.tasks), **text.facts, **windows, "how": how}
-    run.write_recipe(recipe.to_yaml())
-    run.write_record(
-        TrainingRecord(
-            kind=run.verb,
-            **common_fields(request, inputs, recipe, numerics.threads, lineage_of(inputs.source.folder)),
-            fingerprint=identity(recipe, inputs.model, text, decision),
-            calibration=CalibrationFacts.model_validate(facts),
-            recovery=recovery,
-            decision=decision,
-        )
-    )
-
-
-def asked(recipe: TrainingRecipe) -> dict[str, Any]:
-    """Return all settings as a user asked for them, with absolute paths; ``execution`` is left out."""
-    return recipe.with_absolute_files().model_dump(mode="json", exclude={"execution"})
+    return {"calibration": CalibrationFacts.model_validate(facts), "recovery": recovery}
 
 
 def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:
