@@ -54,11 +54,6 @@ No values are all but the default. A recipe that lacks a setting has no use for 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-def absolute_file(text: str) -> str:
-    """Return the absolute path of a file; known names of texts have no suffix, and stay."""
-    return os.path.abspath(text) if Path(text).suffix else text
-
-
 def _as_text(value: Any) -> Any:
     """Write paths, and those of a mapping, as text."""
     if isinstance(value, Mapping):
@@ -100,8 +95,8 @@ class Texts(Settings):
         return self.tasks or ({} if self.source is None else {str(self.source): str(self.source)})
 
     def with_absolute_files(self) -> Self:
-        """Return these settings with the absolute path of every file."""
-        files = {name: absolute_file(text) for name, text in self.sources.items()}
+        """Return these settings with the absolute path of every file; known names of texts have no suffix."""
+        files = {name: os.path.abspath(text) if Path(text).suffix else text for name, text in self.sources.items()}
         return self.model_copy(update={"source": files if self.tasks else next(iter(files.values()), None)})
 
 
