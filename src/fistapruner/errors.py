@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationInfo
 
 
-def printable(text: str, also: str = "") -> str:
-    """Write line breaks, control codes and half characters as escapes, but for those in ``also``."""
-    return "".join(c if c.isprintable() or c in also else repr(c)[1:-1] for c in text)
+def printable(text: str) -> str:
+    """Write line breaks, control codes and half characters as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class FistaPrunerError(Exception):

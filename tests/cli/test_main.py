@@ -63,8 +63,8 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
 def test_a_full_disk_under_a_stream_does_not_stop_the_work(stream: str, status: int) -> None:
     """Messages are dropped; where results cannot be written, the exit status and one line say so."""
     program = (
-        "import sys\nfrom fistapruner.cli import look, main\n"
-        "def run(_):\n    'Run.'\n    print('said', file=sys.stderr)\n    print('result')\n    return 0\n"
+        "import sys\nfrom fistapruner.cli import look, main\nfrom fistapruner.cli.progress import PlainListener\n"
+        "def run(given):\n    'Run.'\n    PlainListener().say('said')\n    look.show('result', given)\n    return 0\n"
         "look.methods = run\nsys.exit(main(['methods']))"
     )
     other = "stdout" if stream == "stderr" else "stderr"

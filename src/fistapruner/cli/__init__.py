@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import errno
 import inspect
 import os
 import re
@@ -22,24 +21,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
-VERBS = {
-    "prune": "runs",
-    "recover": "runs",
-    "align": "runs",
-    "resume": "runs",
-    "compare": "runs",
-    "evaluate": "look",
-    "inspect": "look",
-    "report": "look",
-    "status": "look",
-    "pack": "look",
-    "unpack": "look",
-    "export": "look",
-    "bench": "look",
-    "methods": "look",
-}
+VERBS = dict.fromkeys(("prune", "recover", "align", "resume", "compare"), "runs") | dict.fromkeys(
+    ("evaluate", "inspect", "report", "status", "pack", "unpack", "export", "bench", "methods"), "look"
+)
 """The verbs in the order of ``--help``, and the module of each."""
 
 READ_ONLY = ("inspect", "methods", "status")
@@ -124,9 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, at_home, out_path
     from ..runtime.machine import leads
-    from .arguments import hide_progress
+    from .arguments import hide_progress, write
 
-    with _signals() as terminated, _readers_may_leave() as results:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have
+    with _signals() as terminated:
         try:
             words = list(sys.argv[1:] if arguments is None else arguments)
             verb = next((word for word in words if not word.startswith("-")), "")
@@ -142,17 +131,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
             _refuse_processes(parsed)
             try:
-                status = int(parsed.run(parsed))
+                return int(parsed.run(parsed))
             except Exception:
                 if parsed.debug:
                     traceback.print_exc()
                 raise
             finally:
                 hide_progress(parsed)
-            results.complete()
-            return status
         except FistaPrunerError as error:
-            print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
+            write(f"fistapruner: {' '.join(str(error).split())}", sys.stderr)
             return 2
         except (RuntimeError, MemoryError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which --help does not import
@@ -166,27 +153,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             else:
                 raise
-            print(f"fistapruner: {said}", file=sys.stderr)
+            write(f"fistapruner: {said}", sys.stderr)
             return 2
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            write(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", sys.stderr)
             return 2
         except KeyboardInterrupt as interruption:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback
             if leads():  # it says how to go on
-                print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+                write(f"fistapruner: {str(interruption) or 'interrupted'}", sys.stderr)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             return 143 if terminated else 130
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                write("", stream, end="")
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:
-    """Refuse several processes of a launcher for what one process does.
-
-    Raises:
-        FistaPrunerError: names the verb.
-    """
+    """Refuse several processes of a launcher for what one process does."""
     from ..errors import FistaPrunerError
     from ..runtime.machine import launched
 
@@ -200,80 +186,6 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
             f"WORLD_SIZE is {count}, so torchrun or another launcher has started {count} processes, and {what} is done "
             "by one: leave the launcher out; without one, unset RANK and WORLD_SIZE"
         )
-
-
-class _Output:
-    """Drop what a standard stream does not take, so that no closed reader and no full disk stops the work.
-
-    Args:
-        stream: the stream; everything but writing is its own.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._fault = ""
-
-    def write(self, text: str) -> int:
-        """Write text, or drop it where that fails."""
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._drop(error)
-            return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._drop(error)
-
-    def complete(self) -> None:
-        """Flush the stream, and refuse that output was dropped, unless its reader has left.
-
-        Raises:
-            FistaPrunerError: names the reason.
-        """
-        from ..errors import FistaPrunerError
-
-        self.flush()
-        if self._fault:
-            raise FistaPrunerError(f"standard output cannot be written: {self._fault}; the work is done")
-
-    def _drop(self, error: OSError) -> None:
-        """Drop buffered and later output."""
-        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
-            self._fault = error.strerror or str(error)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())
-        os.close(null)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def _readers_may_leave() -> Iterator[_Output]:
-    """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``).
-
-    What the terminal's encoding does not have is written as an escape.
-
-    Yields:
-        Standard output.
-    """
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    with open(os.devnull, "w", encoding="utf-8") as null:  # a stream that was closed before the program began is None
-        results, messages = (_Output(stream or null) for stream in before)
-        sys.stdout, sys.stderr = cast(TextIO, results), cast(TextIO, messages)
-        try:
-            yield results
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            sys.stdout, sys.stderr = before
 
 
 @contextmanager

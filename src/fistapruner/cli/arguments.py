@@ -6,13 +6,15 @@ The settings that most runs need have a flag (:data:`FLAGS`); all others are for
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from pydantic.fields import FieldInfo
 
@@ -198,14 +200,34 @@ def hide_progress(arguments: argparse.Namespace) -> None:
         listener.close()
 
 
+def write(text: str, stream: TextIO | None, end: str = "\n") -> OSError | None:
+    """Print to a standard stream, which is None where it was closed before the program began.
+
+    Where the stream takes nothing, as its reader has left or the disk is full, all that follows is dropped: it stops no
+    work. The error is returned.
+    """
+    if stream is None:
+        return None
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        return error
+    return None
+
+
 def show(result: Any, arguments: argparse.Namespace) -> None:
     """Print what a function returned: its text, or with ``--json`` its values."""
     hide_progress(arguments)
-    if not getattr(arguments, "json", False):
-        print(result)
-        return
-    if hasattr(result, "model_dump"):
-        values = result.model_dump(mode="json")
-    else:
-        values = result.to_dict() if hasattr(result, "to_dict") else result.to_json()
-    print(json.dumps(finite(values), indent=2))
+    text = str(result)
+    if getattr(arguments, "json", False):
+        if hasattr(result, "model_dump"):
+            values = result.model_dump(mode="json")
+        else:
+            values = result.to_dict() if hasattr(result, "to_dict") else result.to_json()
+        text = json.dumps(finite(values), indent=2)
+    error = write(text, sys.stdout)
+    if error is not None and error.errno not in (errno.EPIPE, errno.EIO):  # its reader has left, or the terminal
+        raise FistaPrunerError(f"standard output cannot be written: {error.strerror}; the work is done")

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +16,7 @@ from ..runs.log import Listener
 from ..runs.records import LayerEntry
 from ..runtime.machine import leads
 from ..runtime.show import counted, duration
+from .arguments import write
 
 EVERY = 7.0
 """Seconds of silence after which a plain listener says how far a pass is."""
@@ -29,7 +31,7 @@ def choose_listener(arguments: argparse.Namespace) -> Listener:
     quiet = any(getattr(arguments, name, False) for name in ("quiet", "json"))  # not every verb has these
     if quiet:
         return Listener()
-    if not (sys.stderr.isatty() and leads()):
+    if sys.stderr is None or not (sys.stderr.isatty() and leads()):
         return PlainListener()
     arguments.listener = listener = LiveListener()
     return listener
@@ -63,7 +65,7 @@ class PlainListener(Listener):
         self._left = self._pruned = 0
 
     def say(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        write(message, sys.stderr)
         self._said = self._clock()
 
     def tick(self, what: str, done: int, total: int) -> None:
@@ -102,7 +104,8 @@ class LiveListener(Listener):
         self.bar.start()
 
     def say(self, message: str) -> None:
-        self._console.print(printable(message), highlight=False, markup=False)
+        with suppress(OSError):  # a terminal that was closed
+            self._console.print(printable(message), highlight=False, markup=False)
         self.tick(message, 0, 1)
 
     def tick(self, what: str, done: int, total: int) -> None:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from ..allocate.allocate import ZerosBudget
 from ..core import Unstructured
-from ..runs.records import WorkloadFacts, WorkloadTask
+from ..runs.records import WorkloadFacts
 from ..runtime.numerics import seeded
 from ..settings.base import RunRecipe, Settings
 
@@ -94,7 +94,7 @@ class Workload(RunRecipe):
             _, forecast = learn(features, stood, costs, seed)
             chosen = int(costs.expected(*forecast(fp64([self.features]))).argmin())
         rows = zip(self.mix.items(), losses[0].tolist(), losses[chosen].tolist(), strict=True)
-        tasks = {name: WorkloadTask(weight=m, uniform=before, predicted=now) for (name, m), before, now in rows}
+        tasks = {name: {"weight": m, "uniform": before, "predicted": now} for (name, m), before, now in rows}
         facts = WorkloadFacts(fingerprint=self.fingerprint(), deployments=len(self.history), tasks=tasks)
         return budget.sparsities(zeros[chosen]), facts
 

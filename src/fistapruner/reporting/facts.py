@@ -232,8 +232,9 @@ def pruning_facts(report: Report) -> list[Fact]:
         by = f"SO-EBM from {counted(workload.deployments, 'earlier deployment')}" if workload.deployments else "its mix"
         add("Sparsities", f"allocated for a workload by {by}")
     for name, task in report.workload.tasks.items() if report.workload else ():
-        how = f"nats a token, at uniform sparsity {significant(task.uniform)}; {percent(task.weight)} of the workload"
-        add(f"Predicted loss, {name}", significant(task.predicted), how)
+        uniform, weight = significant(task["uniform"]), percent(task["weight"])
+        how = f"nats a token, at uniform sparsity {uniform}; {weight} of the workload"
+        add(f"Predicted loss, {name}", significant(task["predicted"]), how)
     return rows
 
 

@@ -451,20 +451,16 @@ class CalibrationFacts(Record):
     tasks: dict[str, CalibrationTask] = {}
 
 
-class WorkloadTask(Record):
-    """A task's weight in a workload; predicted losses, nats a token, at uniform and at chosen sparsities."""
-
-    weight: Number
-    uniform: Number
-    predicted: Number
-
-
 class WorkloadFacts(Record):
-    """An allocation for a workload: hash of its file, deployments in its history, tasks by name."""
+    """An allocation for a workload: hash of its file, deployments in its history, tasks by name.
+
+    Of a task: its ``weight`` in the workload, and the losses in nats a token that are predicted at ``uniform`` and at
+    the chosen sparsities (``predicted``).
+    """
 
     fingerprint: str
     deployments: int = 0
-    tasks: dict[str, WorkloadTask] = {}
+    tasks: dict[str, dict[str, Number]] = {}
 
 
 # --- what comes out of it
