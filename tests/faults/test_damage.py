@@ -11,11 +11,6 @@ import pytest
 from faults.conftest import Runs
 
 
-def truncate(layers: Path) -> None:
-    file = layers / "0001.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
 def flip(name: str, position: float) -> Callable[[Path], None]:
     def damage(layers: Path) -> None:
         data = bytearray((layers / name).read_bytes())
@@ -42,29 +37,24 @@ def foreign(layers: Path) -> None:
     shutil.copy(layers.parent.with_name("other") / "layers" / "0001.safetensors", layers)
 
 
-def drop_tensors(layers: Path) -> None:
-    (layers / "0000.safetensors").unlink()
+def cut_to(name: str, end: int | None, then: bytes = b"") -> Callable[[Path], None]:
+    def damage(layers: Path) -> None:
+        (layers / name).write_bytes((layers / name).read_bytes()[:end] + then)
+
+    return damage
 
 
-def empty_record(layers: Path) -> None:
-    (layers / "0000.json").write_bytes(b"")
-
-
-def deep_record(layers: Path) -> None:
-    (layers / "0000.json").write_text("[" * 100_000)
-
-
-DAMAGES = {
-    "truncated tensors": truncate,
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated tensors": cut_to("0001.safetensors", -1),
     "flipped bit in a tensor": flip("0001.safetensors", 0.9),
     "flipped bit in a record": flip("0000.json", 0.5),
     "swapped tensors": swap((".safetensors",)),
     "swapped records": swap((".json",)),
     "swapped layers": swap((".json", ".safetensors")),
     "foreign layer": foreign,
-    "tensors gone": drop_tensors,
-    "empty record": empty_record,
-    "endless record": deep_record,
+    "tensors gone": lambda layers: (layers / "0000.safetensors").unlink(),
+    "empty record": cut_to("0000.json", 0),
+    "endless record": cut_to("0000.json", 0, b"[" * 100_000),
     "damaged calibration tokens": flip("../calibration.safetensors", 0.9),
     "damaged report": flip("../report.json", 0.0),
     "damaged log": flip("../log.txt", 0.5),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import Runs, digest, steps
-from faults.test_damage import flip
+from faults.test_damage import cut_to, flip
 from fistapruner.cli import main
 
 slow = pytest.mark.slow
@@ -74,15 +74,6 @@ def newest(suffix: str, position: float) -> Callable[[Path], None]:
     return damage
 
 
-def drop_newest(out: Path) -> None:
-    max((out / "states").glob("*.safetensors")).unlink()
-
-
-def damage_all_states(out: Path) -> None:
-    for path in (out / "states").glob("*.json"):
-        path.write_bytes(path.read_bytes()[:-9])
-
-
 def foreign_state(out: Path) -> None:
     """A state of a run with another seed, whose checksums are right."""
     for path in (out.with_name("other") / "states").iterdir():
@@ -91,8 +82,12 @@ def foreign_state(out: Path) -> None:
 
 def write_zeros(out: Path) -> None:
     """What some file systems leave of appended bytes when power fails."""
-    data = (out / "steps.jsonl").read_bytes()
-    (out / "steps.jsonl").write_bytes(data[:-40] + bytes(400))
+    cut_to("steps.jsonl", -40, bytes(400))(out)
+
+
+def damage_all_states(out: Path) -> None:
+    for path in (out / "states").glob("*.json"):
+        cut_to(path.name, -9)(path.parent)
 
 
 def drop(name: str) -> Callable[[Path], None]:
@@ -112,7 +107,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 OTHERS: dict[str, Callable[[Path], None]] = {
     "journal gone": drop("steps.jsonl"),
     "flipped bit in the newest state's record": newest(".json", 0.5),
-    "newest state gone": drop_newest,
+    "newest state gone": lambda out: max((out / "states").glob("*.safetensors")).unlink(),
     "damaged log": flip("log.txt", 0.5),
     "damaged times": flip("times.json", 0.0),
 }

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import PickleFile
-from fistapruner.models.gguf import check_gguf
+from fistapruner.models.gguf import open_gguf
 from fistapruner.models.safetensors import DTYPES, SafetensorsFile, TensorEntry, safetensors_writer, write_tensors
 from fistapruner.models.source import load_tokenizer
 from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
@@ -131,7 +131,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     for read in (
         lambda: SafetensorsFile(tmp_path / "model.safetensors"),
         lambda: PickleFile(tmp_path / "pytorch_model.bin"),
-        lambda: check_gguf(tmp_path / "model.gguf"),
+        lambda: open_gguf(tmp_path / "model.gguf"),
         lambda: load_tokenizer(tmp_path),
     ):
         with pytest.raises(FistaPrunerError, match=r"is not the file itself but a pointer of git-lfs .*'git lfs pull'"):

@@ -131,18 +131,12 @@ def test_workers_that_die_are_replaced(model: Path, tmp_path: Path, deaths: int)
 
 def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: Path) -> None:
     """With propagate=pruned, whatever the executor."""
-    said: list[str] = []
-
-    class Says(Listener):
-        def say(self, message: str) -> None:
-            said.append(message)
-
-    settings = {**SETTINGS, "propagate": "pruned"}
+    said, settings = tiny.Said(), {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out, execution = tmp_path / "run", {"threads": 1, "executor": "process", "workers": 2}
-    prune(str(model), out, **settings, execution=execution, listener=Says())
-    assert any("propagate=pruned" in message and "process" in message for message in said)
-    assert not any("worker processes" in message for message in said)
+    prune(str(model), out, **settings, execution=execution, listener=said)
+    assert any("propagate=pruned" in message and "process" in message for message in said.sentences)
+    assert not any("worker processes" in message for message in said.sentences)
     assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
 
 

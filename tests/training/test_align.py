@@ -98,7 +98,6 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert {name for name in before if "experts" in name} <= changed
     assert inspect_checkpoint(out / "model").violations == []
     found = report.alignment
-    assert found is not None
     models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
     margins = {}
     for name, folder in models.items():
@@ -114,7 +113,6 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert error is not None
         assert 0 <= error <= 0.5
     assert found.chosen_reward_error is not None
-    assert report.recovery is not None
     references = {"pruned": 1.0}
     if report.recovery.loss == "geometric":  # in proportion to their mean margin on the held-out pairs
         held_out = {name: of_pairs(out, models[name], "held_out")[0] for name in ("pruned", "dense")}
@@ -127,7 +125,6 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
     assert found.reward_accuracy == float((moved > 0).double().mean())
     assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
-    assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
 
 
@@ -180,8 +177,6 @@ LOSSES: list[dict[str, Any]] = [
 def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]) -> None:
     """And the run has the same bytes where it is made again."""
     report = align(bench, tmp_path / "one", **settings)
-    assert report.recovery is not None
-    assert report.alignment is not None
     checks = report.recovery.checks
     assert checks[-1].held_out < checks[0].held_out
     expected = {"sft": (), "none": (), "dpo": ("dense",) if "references" in settings else ("pruned",)}
@@ -217,11 +212,9 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     fp.recover(bench.pruned(), recovered, evaluate=None, data=data, steps=2)
     align(bench, tmp_path / "aligned", recovered)
     report = align(bench, tmp_path / "again", tmp_path / "aligned", evaluate=str(bench.text))
-    assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "recover", "align", "align"]
     assert report.evaluations[0].reference is not None
     assert report.evaluations[0].perplexity is not None
-    assert report.recovery is not None
     assert report.recovery.before
     for verb in (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", str(bench.text)]):
         assert main([verb[0], str(tmp_path / "again"), *verb[1:]]) == 0, capsys.readouterr()
@@ -258,13 +251,11 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     folder = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
     (folder / "fistapruner.json").unlink()
     report = align(bench, tmp_path / "out", folder)
-    assert report.alignment is not None
     assert set(report.alignment.test) == {"pruned", "aligned"}
     for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "anchor")):
         with pytest.raises(FistaPrunerError, match=f"{flag} needs the dense model"):
             align(bench, tmp_path / "other", folder, **settings)
     report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic", weights="per-pair", steps=2)
-    assert report.alignment is not None
     assert set(report.alignment.test) == {"dense", "pruned", "aligned"}
     assert sum(report.alignment.references.values()) == pytest.approx(1.0)
     # References are computed of the pairs that are used.
@@ -272,8 +263,6 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     file = SafetensorsFile(tmp_path / "known" / "references.safetensors")
     assert {int(file.read(name)[:, 0].isfinite().sum()) for name in ("pruned", "dense")} == {used}
     assert used < 40
-    with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
-        align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
 
 
@@ -313,7 +302,6 @@ def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Pa
     other = tiny.save("gpt2", tmp_path / "other")
     names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
     report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
-    assert report.alignment is not None
     folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
     assert list(report.alignment.references) == ["pruned", *folders]
     file = SafetensorsFile(tmp_path / "out" / "references.safetensors")

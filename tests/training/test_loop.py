@@ -98,7 +98,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path, stop_
     with pytest.raises(KeyboardInterrupt):
         loop(stopped, Point(1.0), stop_at).run(None)
     snapshot = Snapshots(stopped / "states").newest("f")
-    assert snapshot is not None
     point = Point(0.0)
     point.load({name: snapshot.tensors.read(name) for name in snapshot.tensors.entries})
     assert loop(stopped, point).run(State(**snapshot.values)) == expected

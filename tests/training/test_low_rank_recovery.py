@@ -79,7 +79,6 @@ def test_training_begins_with_the_sum_of_both_parts(pruned: Path, settings: dict
     """Bit for bit what an evaluation uses, also where only some operators are trained."""
     whole, model = opened(pruned), LayerwiseModel(Checkpoint.open(pruned / "model"), torch.device("cpu"))
     adapter, recipe = LowRankAdapter.beside(pruned / "model"), RecoverRecipe.build({"rank": 4, **settings})
-    assert adapter is not None
     layout = discover(model).select(recipe, "train")
     model.low_rank = adapter.without(
         () if settings.get("parameters") == "norms" else {n for n, _ in layout.operators()}
@@ -96,7 +95,6 @@ def test_training_begins_with_the_sum_of_both_parts(pruned: Path, settings: dict
 @pytest.mark.parametrize("parameters", ["lora", "full", "spp"])
 def test_the_sparse_part_is_trained_beside_it(pruned: Path, tmp_path: Path, parameters: str) -> None:
     report = recover(pruned, tmp_path / "out", parameters=parameters, evaluate="python", evaluate_windows=2)
-    assert report.recovery is not None
     assert report.recovery.kept_step
     before, after = (Checkpoint.open(run / "model") for run in (pruned, tmp_path / "out"))
     for name in before.names():
@@ -105,7 +103,6 @@ def test_the_sparse_part_is_trained_beside_it(pruned: Path, tmp_path: Path, para
     changed = [name for name, content in results(pruned).items() if content != results(tmp_path / "out")[name]]
     assert changed == ["model/model.safetensors"]
     totals, adapter = report.totals, LowRankAdapter.beside(tmp_path / "out" / "model")
-    assert adapter is not None
     assert (totals.low_rank, totals.low_rank_weights) == (4, adapter.weights)
     assert totals.low_rank_bytes == sum(path.stat().st_size for path in (tmp_path / "out" / "adapter").iterdir())
     assert [evaluation.low_rank for evaluation in report.evaluations] == [adapter.weights]

@@ -131,7 +131,6 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert all(torch.equal(after[name], before[name]) for name in routers)
     assert report.stacked_experts == (architecture == "gpt_oss")
     # Never worse on the held-out windows, by another implementation of model and loss.
-    assert report.recovery is not None
     checks = report.recovery.checks
     losses = [held_out_loss(out, model / "model", bench.dense(architecture)) for model in (pruned, out)]
     assert losses[1] < losses[0]
@@ -160,7 +159,6 @@ def test_every_architecture_keeps_its_zeros(bench: Bench, tmp_path: Path, number
     report = recover(pruned, out, parameters=parameters, **settings)
     assert_only_survivors_changed(pruned, out, bench.dense(architecture, **changes), parameters)
     assert {tensor.dtype for tensor in tensors(out / "model").values()} == set(changes.values())
-    assert report.recovery is not None
     assert report.recovery.steps == 2
     assert not inspect_checkpoint(out / "model").violations
 
@@ -177,7 +175,6 @@ def test_operators_that_were_left_dense_are_not_trained(
     assert main(["inspect", str(pruned), "--quiet"]) == 0
     assert "pruned operators: 8 of 14" in capsys.readouterr().out
     report = recover(pruned, out, parameters="full")
-    assert report.recovery is not None
     assert report.recovery.operators == 8
     assert report.recovery.trained == 6144 - 3584 + 4 * 32  # survivors, and two norms of every layer
     assert {(entry.name[-6:], entry.sparsity, entry.zeros / math.prod(entry.shape)) for entry in report.operators} == {
@@ -204,7 +201,6 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
     report = load_run(run)
     assert (report.kind, report.status, report.warnings) == ("recover", "finished", [])
     found = report.recovery
-    assert found is not None
     assert (found.parameters, found.optimizer, found.loss) == ("lora", "adamw", "kl")
     assert (found.steps, found.asked_steps, found.operators) == (4, 4, 14)
     assert found.tokens == 4 * 2 * (SEQLEN - 1)  # the first token of a window is not predicted
@@ -225,7 +221,6 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
     assert [stage["kind"] for stage in record["lineage"]["stages"]] == ["prune", "recover"]
     assert record["lineage"]["source"]["source"] == str(bench.dense())
     assert record["lineage"]["stages"][1]["command"] == "the command"
-    assert report.lineage is not None
     assert report.lineage.model_dump(mode="json") == record["lineage"]
     assert record["operators"] == json.loads((bench.pruned() / "model" / "fistapruner.json").read_text())["operators"]
 
@@ -233,10 +228,8 @@ def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes
 def test_a_recovered_run_is_recovered_again(bench: Bench, tmp_path: Path) -> None:
     """The dense model and the text are those of the chain's first run."""
     report = recover(bench.recovered, tmp_path / "again", parameters="norms")
-    assert report.recovery is not None
     assert report.recovery.loss == "kl"
     first = load_run(bench.recovered).recovery
-    assert first is not None
     assert report.recovery.checks[0].held_out == pytest.approx(min(check.held_out for check in first.checks), rel=1e-5)
     record = json.loads((tmp_path / "again" / "model" / "fistapruner.json").read_text())
     assert [stage["kind"] for stage in record["lineage"]["stages"]] == ["prune", "recover", "recover"]
@@ -251,12 +244,10 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     report = recover(plain, tmp_path / "out", dense=bench.dense(), data={"source": str(bench.text)})
     before, after = tensors(plain), tensors(tmp_path / "out" / "model")
     assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if before[name].ndim == 2)
-    assert report.recovery is not None
     assert report.recovery.operators == 14
     assert tiny.weights(tmp_path / "out") == tiny.weights(bench.recovered)
     for out, why in (("text only", "not known"), ("of a dense model elsewhere", f"not found, which was {tmp_path}")):
         without = recover(plain, tmp_path / out, data={"source": str(bench.text)})
-        assert without.recovery is not None
         assert without.recovery.loss == "ce"
         assert any(warning.startswith(f"the dense model is {why}") for warning in without.warnings)
         (plain / "fistapruner.json").write_text(record.replace(str(bench.dense()), str(tmp_path / "nowhere")))
@@ -266,7 +257,6 @@ def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_
     """As the input was evaluated; a checkpoint that is of no run as prune evaluates by default."""
     settings = {"evaluate": "auto", "evaluate_windows": 1, "steps": 1, "data": {"source": str(bench.text)}}
     [measured] = recover(plain(bench, tmp_path), tmp_path / "out", **settings).evaluations
-    assert measured.perplexity is not None
     assert (measured.perplexity.data, measured.perplexity.seqlen, measured.perplexity.windows) == ("python", SEQLEN, 1)
     assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
     with pytest.raises(fp.FistaPrunerError, match="evaluate_windows 1 has no effect: evaluate names no text"):
@@ -286,7 +276,6 @@ def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tm
     report = recover(model, out, dense=bench.dense(), **settings, **measured)
     assert report.evaluations[0].divergence is not None
     record = RecoverDirectory(out).record()
-    assert record is not None
     assert record.decision.dense == bench.dense()
     assert not (out / "teacher").exists()
     (out / "report.json").unlink()
@@ -304,7 +293,6 @@ def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path
     for loss in ("kl", "ce"):
         out = tmp_path / loss
         report = recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 16000})
-        assert report.recovery is not None
         # What the step takes is generated, and as much is held out as ever.
         assert (report.recovery.windows, report.recovery.held_out_windows) == (SETTINGS["windows_per_step"], 16)
         generated.append((out / "windows.safetensors").read_bytes())
@@ -316,7 +304,6 @@ def test_of_several_tasks_the_held_out_loss_is_the_mean(bench: Bench, tmp_path: 
     other.write_text("".join(json.dumps({"text": f"THE SQUARE OF {n} IS {n * n}."}) + "\n" for n in range(20)))
     tasks = {"counting": str(bench.text), "squares": str(other)}
     report = recover(bench.pruned(), out, data={"source": tasks, "held_out": 0.2}, parameters="full")
-    assert report.recovery is not None
     file = SafetensorsFile(out / "windows.safetensors")
     counts = file.read("task")[file.read("held_out").to(torch.bool)].bincount().tolist()
     assert len(set(counts)) == 2  # a mean over all windows would be another
@@ -344,7 +331,6 @@ def test_a_rate_that_is_too_high_gives_the_input_back(
         assert tiny.weights(out) == tiny.weights(bench.pruned())
         report, printed = load_run(out), capsys.readouterr().out
         assert report.status == "finished"
-        assert report.recovery is not None
         assert report.recovery.kept_step == 0
         assert (report.recovery.changed, report.recovery.change) == (0, 0)
         said = "training stopped: the loss is nan at step 2" if fails else "no step was better than the start"
@@ -571,7 +557,6 @@ def test_a_text_is_cut_into_windows_of_the_run_before_whatever_training_takes(be
     """So that perplexities before and after can be compared with those of the pruning run."""
     data = {"seqlen": SEQLEN // 2}
     report = recover(bench.pruned(), tmp_path / "out", evaluate="python", evaluate_windows=1, data=data)
-    assert report.evaluations[0].perplexity is not None
     assert report.evaluations[0].perplexity.seqlen == SEQLEN
 
 

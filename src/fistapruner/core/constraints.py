@@ -38,11 +38,7 @@ class Constraint(ABC):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read the constraint as users write it; None for a text of another form.
-
-        Raises:
-            FistaPrunerError: the form is this one, but a value is out of range.
-        """
+        """Read the constraint as users write it; None for a text of another form."""
         return None
 
     @property
@@ -64,9 +60,6 @@ class Constraint(ABC):
 
         Returns:
             (rows, columns) boolean mask, True where kept, with exactly :meth:`zeros` False entries.
-
-        Raises:
-            FistaPrunerError: the constraint does not fit the columns.
         """
 
     @abstractmethod

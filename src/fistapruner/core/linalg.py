@@ -166,9 +166,6 @@ def damped_cholesky(gram: Tensor, share: float = 0.0, label: str = "operator") -
 
     Returns:
         The lower factor, the share that was used, and a warning that names the operator if it was raised.
-
-    Raises:
-        FistaPrunerError: no damping helps, so the matrix is not a Gram.
     """
     mean = gram.diagonal(dim1=-2, dim2=-1).mean()
     # A pivot as small as the rounding error of the diagonal carries no information, even if the factorisation succeeds.

@@ -82,9 +82,6 @@ class LayerProblem:
         importance: (m,) by which ``weighted`` has multiplied the errors of the rows; relative errors are without
             it. None where they are not weighted.
         cache: what was computed from the Gram alone (``cached``); problems with the same Gram may share it.
-
-    Raises:
-        FistaPrunerError: shapes or devices disagree, or something is no floating-point tensor; names the operator.
     """
 
     weight: Tensor
@@ -144,9 +141,6 @@ class LayerProblem:
             residual: (p, m) ``S - S*`` by tokens, the drift of the residual stream; only with ``dense_inputs``.
             target: share a of the dense target.
             name: operator name.
-
-        Raises:
-            FistaPrunerError: shapes disagree, there are no tokens, or a value is NaN or infinite.
         """
         from .sums import problem_from_activations
 
@@ -275,9 +269,6 @@ class LayerProblem:
 
         Args:
             importance: (m,) positive weights of the rows.
-
-        Raises:
-            FistaPrunerError: a weight is zero, negative, NaN or infinite.
         """
         if not bool(((importance > 0) & importance.isfinite()).all()):
             raise FistaPrunerError(
@@ -322,9 +313,6 @@ class LayerProblem:
 
         Args:
             keep: (k,) int64 places of the kept channels, distinct, in the order that they are to have.
-
-        Raises:
-            FistaPrunerError: no channel is kept, or one is out of range or named twice.
         """
         n = self.shape[1]
         if not keep.numel() or int(keep.min()) < 0 or int(keep.max()) >= n or len(keep.unique()) != len(keep):

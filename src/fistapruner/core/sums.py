@@ -111,10 +111,6 @@ class ProblemSums:
                 the dense weight's on the drifted inputs (SparseGPT, Wanda, ALPS).
             release: these sums will not be used again: the problem takes over the Gram's memory, so that a large Gram
                 is never in memory twice, and the other sums are freed.
-
-        Raises:
-            FistaPrunerError: no tokens were added, none with the dense activations that ``drift_from`` needs, or a
-                value is NaN or infinite.
         """
         if not self.tokens or (self.drift_from and not self._compared):
             where = " in the dense model" if self.tokens else ""

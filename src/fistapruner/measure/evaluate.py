@@ -30,7 +30,7 @@ from ..models.source import Permissions
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.records import Evaluation
-from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.devices import choose_device, cpu_threads, usable_threads
 from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
 from ..settings.parse import parse_bytes
@@ -60,7 +60,7 @@ class Asked(BaseModel):
     )
     tasks_dir: Path | None = Field(None, strict=False)
     limit: PositiveInt | None = None
-    device: str = "auto"
+    device: Any = "auto"  # checked where it is chosen
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: PositiveInt | None = None
     memory_limit: Size = None
@@ -92,7 +92,7 @@ class Asked(BaseModel):
 
 
 @undisturbed()
-@threads_within_quota()
+@cpu_threads(usable_threads())
 def evaluate(
     model: str | Path,
     data: str | Path | Windows | None = None,

@@ -109,10 +109,6 @@ def build_model(
         packed: build the model of a packed checkpoint, which is refused otherwise.
         dtype: of its parameters; None takes the config's.
         changes: of ``config.json``, as a JSON merge patch.
-
-    Raises:
-        FistaPrunerError: ``config.json`` describes no decoder-only model with plain weights, or needs code that was
-            not trusted.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
@@ -174,9 +170,6 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
 
     They are the module list that holds the most weights, has as many modules as the config has layers or else several
     of one class, and is of the text model, if there is such a list.
-
-    Raises:
-        FistaPrunerError: the model has no such list.
     """
     config = model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", None)
@@ -282,9 +275,6 @@ def load_whole(
         device: where it runs.
         dtype: of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored weights.
         trust_remote_code: run Python code that comes with the checkpoint.
-
-    Raises:
-        FistaPrunerError: the checkpoint needs its own code, which was not trusted, or transformers cannot load it.
     """
     dtype = dtype or pass_dtype(Checkpoint.open(folder, allow_pickle=True).dtype, device)
     try:

@@ -175,10 +175,6 @@ class Checkpoint:
         """Open a folder and check that all of its weights are there.
 
         With ``allow_pickle`` legacy ``.bin`` files are unpickled, as plain tensors only, without running code.
-
-        Raises:
-            FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
-                that were not allowed, an adapter beside the weights, a missing or truncated shard.
         """
         folder = Path(folder)
         names = (SINGLE, INDEX, SINGLE_PICKLE, INDEX_PICKLE)  # the single file first, as transformers does

@@ -18,7 +18,6 @@ import yaml
 from ..errors import FistaPrunerError, MissingExtraError, one_line
 from ..runtime.files import refuse_lfs_pointer, temporary_folder, write_json_atomic, write_text_atomic
 from .checkpoint import read_json_in
-from .safetensors import TensorEntry
 from .write import checkpoint_folder
 
 CONVERSION = 6
@@ -50,21 +49,11 @@ def open_gguf(path: Path) -> Any:
     return reader
 
 
-def check_gguf(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a GGUF file by name, in PyTorch's shapes, as if they were fp32."""
-    found = open_gguf(path).tensors
-    return {each.name: TensorEntry.of(each.name, torch.float32, map(int, each.shape[::-1])) for each in found}
-
-
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """De-quantise the GGUF file of a decoder-only language model into a new Hugging Face folder.
 
     It gets weights of this dtype, config, tokenizer, chat template, generation config and a model card that states the
     licence.
-
-    Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, or ``transformers`` does not understand
-            all of it; the ``gguf`` package is missing.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -53,9 +53,6 @@ class LayerwiseModel:
         vocabulary: width of the logits; ``embedded_tokens``: tokens that have an embedding.
         max_length: most tokens of a text (:func:`~.build.max_length`).
         max_head_rows: most tokens that :meth:`head` takes at once.
-
-    Raises:
-        FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
     """
 
     _checked = False

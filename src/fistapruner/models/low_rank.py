@@ -171,11 +171,7 @@ class LowRankAdapter:
         return plus_product(weight, a, b, transposed=transposed)
 
     def require_fit(self, model: nn.Module) -> dict[str, Any]:
-        """Return the modules of a model, or of its base model, by operator.
-
-        Raises:
-            FistaPrunerError: it lacks one, or has it in another shape: names the adapter's file and the operator.
-        """
+        """Return the modules of a model, or of its base model, by operator."""
         modules, base = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
         found = {name: modules.get(name, modules.get(name.removeprefix(base))) for name in self.operators}
         shapes = {name: entry.shape for name, entry in self.factors.entries.items()}

@@ -133,9 +133,6 @@ def checkpoint_names(
 
     A tied output head has no entry: it is the embedding's. One that is stored with values of its own is not tied, as
     in transformers, whatever the config says. Stored ``names`` and ``joined`` are those of :class:`StoredNames`.
-
-    Raises:
-        FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
     """
     tensors = model.state_dict(keep_vars=True)
     twins: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored

@@ -125,11 +125,7 @@ class Layout:
         return sum(operator.rows * operator.columns for operator in self.in_layer(index))
 
     def select(self, recipe: Recipe | TrainingRecipe, purpose: str = "prune") -> Layout:
-        """Select operators by the recipe's ``targets`` and ``ignore``; ``purpose`` is what is done with them.
-
-        Raises:
-            FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
-        """
+        """Select operators by the recipe's ``targets`` and ``ignore``; ``purpose`` is what is done with them."""
         names = [name for name, _ in self.operators()]
         matched: dict[str, set[str]] = {"targets": set(), "ignore": set()}
         fault = None if names else f"{self.layers_name} has no operator to {purpose}"
@@ -168,9 +164,6 @@ def discover(model: LayerwiseModel) -> Layout:
     """Find the operators of every decoder layer with hooks in one small forward pass.
 
     Layers with the same operators are run once. Loads the embeddings, then one decoder layer at a time.
-
-    Raises:
-        FistaPrunerError: operators that a forward pass does not use exactly once; a layer that does not run alone.
     """
     model.check()
     hidden, calls = model.probe()

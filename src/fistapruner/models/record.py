@@ -29,11 +29,7 @@ MIN_ZEROS = 0.01
 
 
 def read_pruning_record(folder: Path) -> dict[str, Any]:
-    """Read ``fistapruner.json`` of a model folder; empty where there is none.
-
-    Raises:
-        FistaPrunerError: no JSON object, or its ``operators`` or ``permuted`` are not what a run writes there.
-    """
+    """Read ``fistapruner.json`` of a model folder; empty where there is none."""
     record = read_json_in(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
     operators, permuted = record.get("operators", {}), record.get("permuted", [])
     claimed = isinstance(operators, dict) and all(isinstance(claim, dict) for claim in operators.values())

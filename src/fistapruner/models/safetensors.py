@@ -17,30 +17,13 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES  # semi-private, used here only
 from torch import Tensor
 
 from ..errors import FistaPrunerError, one_line, unreadable
 from ..runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+DTYPES: dict[str, Any] = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
 """Stored dtypes by their names in a header."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -86,10 +69,6 @@ class SafetensorsFile:
 
     Holds no open file, so it can be pickled and used from several processes. ``entries`` are in the header's order;
     ``metadata`` is the header's ``__metadata__``, empty where there is none.
-
-    Raises:
-        FistaPrunerError: names the file and what is wrong with it: missing, truncated, a header that the format or
-            PyTorch does not allow.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -104,11 +83,7 @@ class SafetensorsFile:
             raise FistaPrunerError(f"{self.path} is truncated, damaged or not a safetensors file: {reason}") from None
 
     def read(self, name: str, number: int | None = None) -> Tensor:
-        """Read a tensor, or its matrix ``tensor[number]``, into fresh memory.
-
-        Raises:
-            FistaPrunerError: no tensor of that name, or the file was shortened since it was opened.
-        """
+        """Read a tensor, or its matrix ``tensor[number]``, into fresh memory."""
         entry = self.entries.get(name)
         if entry is None:
             raise FistaPrunerError(f"{self.path} has no tensor {name!r}")
@@ -148,9 +123,6 @@ def safetensors_writer(
 
     Yields:
         A function that writes the tensor of a name, from any device.
-
-    Raises:
-        FistaPrunerError: the disk is full, a tensor differs from its entry, or some were never written.
     """
     promised = {entry.name: entry for entry in entries}
     places, end = {}, 0

@@ -59,10 +59,6 @@ def write_checkpoint(
 
     Returns:
         SHA-256 of every weight file, by name.
-
-    Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, a replacement is missing, has another shape or leaves the
-            range of the stored dtype, or the source is damaged.
     """
     shards: dict[str, list[TensorEntry]] = {}
     for stored, file in source.files.items():
@@ -151,9 +147,6 @@ def checkpoint_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
 
     The block is given the :func:`~fistapruner.runtime.files.unfinished` folder, which is then fsynced and renamed; what
     a killed attempt has left is removed first. Then the disk must have ``nbytes``.
-
-    Raises:
-        FistaPrunerError: ``out`` exists, or the disk is full or refuses the write.
     """
     require_new(out)
     remove_folder(out)

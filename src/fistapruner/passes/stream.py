@@ -349,9 +349,6 @@ def check_model(model: LayerwiseModel) -> None:
     In each process once for all models with this config. Other hidden states go through every layer before those that
     are compared: so what a layer keeps from pass to pass shows, and what it leaves for later layers. In no layer may
     the output of the first token depend on later tokens.
-
-    Raises:
-        FistaPrunerError: the architecture is not supported; says why.
     """
     model.check()
     architecture = model.architecture()

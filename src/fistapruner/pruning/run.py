@@ -218,14 +218,12 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request,
     refuse_other_settings(run, Recipe.build(settled.recipe, str(run.run_file)).identity(), recipe.identity())
     if not finished or request.source.folder.is_dir():
         refuse_other_model(run, settled, request.source)
-    text, other = text_sha256(recipe), None
+    text, path, other = text_sha256(recipe), recipe.workload, None
     if None not in (text, decided.calibration_sha256) and text != decided.calibration_sha256:
         other = recipe.calibration.name
-    path = recipe.workload
     if path is not None and path.exists() and settled.workload is not None:
         other = str(path) if Workload.of(path).fingerprint() != settled.workload.fingerprint else other
-    drawn = run.drawn() if request.drawn is not None else None
-    if drawn is not None and request.drawn is not None and not drawn[0].equal(request.drawn[0].to(drawn[0].dtype)):
+    if request.drawn is not None and (drawn := run.drawn()) is not None and not drawn[0].equal(request.drawn[0].long()):
         other = "tokens"
     if other is not None:
         refuse_another(run, f"for another content of {other}")

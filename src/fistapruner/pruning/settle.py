@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from ..runs.settled import (
     stamps,
     text_sha256,
 )
-from ..runtime.devices import cpu_threads, release_failed_memory
+from ..runtime.devices import cpu_threads
 from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
@@ -72,8 +72,6 @@ from .workers import default_threads
 if TYPE_CHECKING:
     from ..training.settle import Request as TrainingRequest
     from ..training.settle import Settling
-
-T = TypeVar("T")
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
@@ -421,25 +419,25 @@ def _measure(
     """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
     run.metrics_file.unlink(missing_ok=True)
     model, widths, scores, found = inputs.model, inputs.context.widths, dict[str, Tensor](), Decision()
-    if recipe.structure.method == "bypass" and widths is not None:
-
-        def learn(windows: int) -> dict[tuple[int, str], Tensor]:
+    try:
+        if recipe.structure.method == "bypass" and widths is not None:
             steps, seed = recipe.structure.steps, recipe.seed
-            learning = Bypass(model, widths.units, tokens, steps, seed, store, listener, windows)
-            return learning.learn(run.bypass_file, windows_measured(len(tokens)), {"identity": identity})
-
-        learned = _fitting(model, "learn which channels stay", learn, SEQUENCES, listener)
-        scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
-    if needs_measuring(recipe):
-        listener.say("measuring sensitivity on the dense model")
-
-        def decide_all(windows: int) -> Decision:
-            passes = DensePasses(store, windows, listener.tick)
-            return decide(recipe, inputs.layout, model, tokens, inputs.context.sparsity, passes, inputs.context.layout)
-
-        found = _fitting(model, "measure sensitivity", decide_all, min(4, batch_size), listener)
-    elif not scores:
-        return None
+            learning = Bypass(model, widths.units, tokens, steps, seed, store, listener, SEQUENCES)
+            learned = learning.learn(run.bypass_file, windows_measured(len(tokens)), {"identity": identity})
+            scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
+        if needs_measuring(recipe):
+            listener.say("measuring sensitivity on the dense model")
+            passes = DensePasses(store, min(4, batch_size), listener.tick)
+            sparsity, smaller = inputs.context.sparsity, inputs.context.layout
+            found = decide(recipe, inputs.layout, model, tokens, sparsity, passes, smaller)
+        elif not scores:
+            return None
+    except torch.OutOfMemoryError:
+        raise FistaPrunerError(
+            f"the memory of {model.device} is not enough to measure the dense model: free some of it, lower "
+            "batch_size, shorten --seqlen, or take allocation uniform, weighting none and structure.method obs, which "
+            "need no such passes"
+        ) from None
     if found.metrics or found.importance or found.orders or scores:
         run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
     if permutes(recipe) and found.permuted:
@@ -449,24 +447,6 @@ def _measure(
             f"pattern now loses {1 - after:.1%} instead of {1 - before:.1%}"
         )
     return found
-
-
-def _fitting(model: LayerwiseModel, what: str, work: Callable[[int], T], batch_size: int, listener: Listener) -> T:
-    """Work on ``batch_size`` windows at a time; where the GPU's memory runs out, again with one.
-
-    Raises:
-        FistaPrunerError: memory runs out with one window at a time.
-    """
-    for windows in dict.fromkeys((batch_size, 1)):
-        try:
-            return work(windows)
-        except torch.OutOfMemoryError:
-            listener.say(f"the memory of {model.device} ran out with {windows} windows at a time")
-        release_failed_memory()
-    raise FistaPrunerError(
-        f"the memory of {model.device} is not enough to {what}: free some of it, shorten --seqlen, or take "
-        "allocation uniform, weighting none and structure.method obs, which need no such passes"
-    )
 
 
 def common_fields(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def write(
     rank, journals = context.recipe.low_rank, map(run.journal.weights, range(len(model)))
     if rank and (factors := journaled_factors(journals)):
         more = write_low_rank(run, factors, rank, context.layout, report.totals)
-    if widths := kept_widths(changed.earlier, _own_widths(context)):
+    if widths := _widths(context, changed.earlier):
         more["widths"] = widths
     # Of the tensors whose channels were reordered, by this run or an earlier one, those that are left.
     permuted = (set(changed.earlier.get("permuted", [])) | set(model.checkpoint.orders)).difference(changed.gone)
@@ -150,57 +151,40 @@ def write(
 
 def _totals(report: Report, context: RunContext, changed: ChangedTensors) -> Totals:
     """Add up weights, times and memory of the layers."""
-    model, layers = context.model, report.layers
-    split: dict[str, float] = {}
-    for layer in layers:
-        for phase, value in layer.seconds.items():
-            split[phase] = split.get(phase, 0.0) + value
+    split: Counter[str] = Counter()
+    for layer in report.layers:
+        split.update(layer.seconds)
     return Totals(
         operator_weights=report.operator_weights,
         operator_zeros=report.operator_zeros,
-        model_weights=model.parameter_count(changed.shapes, changed.dropped),
-        time_split=split,
-        peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in layers)),
+        model_weights=context.model.parameter_count(changed.shapes, changed.dropped),
+        time_split=dict(split),
+        peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in report.layers)),
     )
 
 
-def _own_widths(context: RunContext) -> list[dict[str, Any]]:
-    """Describe the widths that a run has changed; experts of a layer are one entry."""
-    cut: dict[tuple[int, str], dict[str, Any]] = {}
-    for index, units in enumerate(context.widths.units if context.widths else ()):
-        for unit in units:
-            entry = {
-                "layer": f"{context.layout.layers_name}.{index}",
-                "unit": unit.kind,
-                "before": unit.before,
-                "after": unit.after,
-                "sizes": {},
-            }
-            sizes = cut.setdefault((index, unit.kind), entry)["sizes"]
-            sizes |= {name: part.block * part.copies for name, part in unit.producers.items()}
-            if unit.reader is not None:
-                sizes[unit.name] = unit.columns
-    return list(cut.values())
+def _widths(context: RunContext, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe the widths that this run, or an earlier one by the input's record, has changed.
 
-
-def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the widths of a run's result: its own, and those of its input that stay.
-
-    Args:
-        record: of the input.
-        own: widths that the run itself has changed; the numbers before are then those of the first run.
+    Experts of a layer are one entry. Numbers before are those of the first run.
     """
     listed = record.get("widths")
-    earlier = {
+    found = {
         (entry["layer"], entry["unit"]): entry
         for entry in (listed if isinstance(listed, list) else ())
         if isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("layer", "unit"))
     }
-    merged = []
-    for entry in own:
-        before = earlier.pop((entry["layer"], entry["unit"]), entry)
-        merged.append({**entry, "before": before.get("before", entry["before"])})
-    return [*earlier.values(), *merged]
+    for index, units in enumerate(context.widths.units if context.widths else ()):
+        layer, own = f"{context.layout.layers_name}.{index}", dict[str, dict[str, Any]]()
+        for unit in units:
+            before = found.pop((layer, unit.kind), {}).get("before", unit.before)
+            entry = {"layer": layer, "unit": unit.kind, "before": before, "after": unit.after, "sizes": {}}
+            sizes = own.setdefault(unit.kind, entry)["sizes"]
+            sizes |= {name: part.block * part.copies for name, part in unit.producers.items()}
+            if unit.reader is not None:
+                sizes[unit.name] = unit.columns
+        found |= {(layer, kind): entry for kind, entry in own.items()}
+    return list(found.values())
 
 
 def _kept_claims(

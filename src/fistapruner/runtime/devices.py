@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import FistaPrunerError
 
@@ -79,13 +80,6 @@ def cpu_threads(count: int) -> Iterator[None]:
 def usable_threads() -> int:
     """Count torch's default CPU threads, at most the cores that this process may use."""
     return min(torch.get_num_threads(), available_cores())
-
-
-@contextmanager
-def threads_within_quota() -> Iterator[None]:
-    """Compute on :func:`usable_threads` inside the block."""
-    with cpu_threads(usable_threads()):
-        yield
 
 
 def available_cores() -> int:
@@ -201,8 +195,8 @@ class _LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
         extra = sum(size * args[0].nbytes for key, size in WORKSPACES.items() if key in name)
-        known = {id(tensor.untyped_storage()) for tensor in _tensors((*args, *(kwargs or {}).values()))}
-        for tensor in _tensors((out,)):
+        known = {id(each.untyped_storage()) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for tensor in (each for each in tree_leaves(out) if isinstance(each, Tensor)):
             storage = tensor.untyped_storage()
             if not tensor.is_meta and id(storage) not in self._known and id(storage) not in known:
                 self._known.add(id(storage))
@@ -215,12 +209,3 @@ class _LiveBytes(TorchDispatchMode):
         """Subtract a freed storage."""
         self._known.discard(key)
         self.live -= size
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among arguments or results of an operation, also those in lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

@@ -217,11 +217,7 @@ def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_sealed_json` has written, without its checksum.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, or is no JSON object with the right checksum.
-    """
+    """Read what :func:`write_sealed_json` has written; raises OSError or ValueError where it cannot be."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if isinstance(content, dict) and content.pop("sha256", None) == json_sha256(content):

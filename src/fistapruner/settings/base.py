@@ -54,11 +54,6 @@ No values are all but the default. A recipe that lacks a setting has no use for 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-def absolute_file(text: str) -> str:
-    """Return the absolute path of a file; known names of texts have no suffix, and stay."""
-    return os.path.abspath(text) if Path(text).suffix else text
-
-
 def _as_text(value: Any) -> Any:
     """Write paths, and those of a mapping, as text."""
     if isinstance(value, Mapping):
@@ -100,8 +95,8 @@ class Texts(Settings):
         return self.tasks or ({} if self.source is None else {str(self.source): str(self.source)})
 
     def with_absolute_files(self) -> Self:
-        """Return these settings with the absolute path of every file."""
-        files = {name: absolute_file(text) for name, text in self.sources.items()}
+        """Return these settings with the absolute path of every file; known names of texts have no suffix."""
+        files = {name: os.path.abspath(text) if Path(text).suffix else text for name, text in self.sources.items()}
         return self.model_copy(update={"source": files if self.tasks else next(iter(files.values()), None)})
 
 
@@ -179,20 +174,12 @@ class RunRecipe(Settings):
 
     @classmethod
     def from_yaml(cls, text: str, origin: str = "recipe") -> Self:
-        """Read a recipe.
-
-        Raises:
-            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
-        """
+        """Read a recipe."""
         return cls.build(parse_yaml(text, origin), origin)
 
     @classmethod
     def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
-        """Return the recipe that a function of the API was given; None is the default one.
-
-        Raises:
-            FistaPrunerError: a recipe of another verb, no such file, or wrong settings.
-        """
+        """Return the recipe that a function of the API was given; None is the default one."""
         if recipe is None:
             return cls()
         if isinstance(recipe, cls):
@@ -205,20 +192,12 @@ class RunRecipe(Settings):
         raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {expected}")
 
     def changed(self, settings: dict[str, Any]) -> Self:
-        """Return the recipe with some settings changed.
-
-        Raises:
-            FistaPrunerError: wrong settings.
-        """
+        """Return the recipe with some settings changed."""
         return self.build(merge_settings(self.model_dump(mode="json", exclude_unset=True), settings))
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:
-        """Validate a mapping of settings.
-
-        Raises:
-            FistaPrunerError: one line that names every wrong setting; of many unknown ones the first.
-        """
+        """Validate a mapping of settings."""
         try:
             return cls.model_validate(settings)
         except ValidationError as error:

@@ -49,11 +49,7 @@ YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErro
 
 
 def parse_value(text: str, origin: str) -> Any:
-    """Load a YAML value safely.
-
-    Raises:
-        FistaPrunerError: the text is not YAML.
-    """
+    """Load a YAML value safely."""
     try:
         return yaml.load(text, _PlainLoader)
     except YAML_FAULTS as error:
@@ -61,11 +57,7 @@ def parse_value(text: str, origin: str) -> Any:
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    """Load a YAML mapping safely.
-
-    Raises:
-        FistaPrunerError: the text is not YAML or not a mapping.
-    """
+    """Load a YAML mapping safely."""
     settings = parse_value(text, origin)
     if settings is None:
         return {}
@@ -80,9 +72,6 @@ def read_assignments(texts: Iterable[str], origin: str) -> dict[str, Any]:
     Args:
         texts: the assignments; of several to one setting the last counts.
         origin: where they stand, for messages.
-
-    Raises:
-        FistaPrunerError: no assignment, or its value is not YAML.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -114,9 +103,6 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
     Args:
         name_or_file: the recipe.
         verb: whose recipe it is.
-
-    Raises:
-        FistaPrunerError: neither exists, or the file cannot be read or is not a mapping.
     """
     shipped = shipped_recipes(verb)
     if name_or_file in shipped:
@@ -160,11 +146,7 @@ def _structure_whole(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_count(text: str) -> int:
-    """Parse a count with a decimal suffix: ``"500k"``, ``"1.5M"`` or ``"4096"``.
-
-    Raises:
-        ValueError: not a count.
-    """
+    """Parse a count with a decimal suffix: ``"500k"``, ``"1.5M"`` or ``"4096"``."""
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([kmg]?)\s*", text.lower())
     count = Decimal(match[1]) * 1000 ** " kmg".index(match[2] or " ") if match else None
     if count is None or count != count.to_integral_value():
@@ -173,11 +155,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Parse a number of bytes: ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
-
-    Raises:
-        ValueError: not a size, or less than a byte.
-    """
+    """Parse a number of bytes: ``"8GiB"``, ``"500MB"`` or ``"1e9"``."""
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     base = 1024 if match and (match[3] or not match[2]) else 1000
     size = float(match[1]) * base ** " kmgt".index(match[2] or " ") if match else 0.0
@@ -196,11 +174,7 @@ def read_share(value: Any) -> float | None:
 
 
 def check_patterns(patterns: P) -> P:
-    """Refuse a ``re:`` pattern that does not compile.
-
-    Raises:
-        ValueError: names the pattern and the fault.
-    """
+    """Refuse a ``re:`` pattern that does not compile."""
     for pattern in patterns:
         if pattern.startswith("re:"):
             try:

@@ -288,9 +288,6 @@ class Recipe(RunRecipe):
         Args:
             earlier: the resolved recipe of the run that is continued; its choices stay.
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
-
-        Raises:
-            FistaPrunerError: a residual correction that was asked for, without a dense target.
         """
         solver = [step for step in self.steps if not step.refines][-1].name
         propagate, dense_target = PAPERS.get(solver, ("pruned", 0.0))

@@ -153,11 +153,7 @@ class Listing:
 
 
 def methods(name: str | None = None) -> Listing:
-    """List the solvers and refinements, or one of them with its settings.
-
-    Raises:
-        FistaPrunerError: no method has this name.
-    """
+    """List the solvers and refinements, or one of them with its settings."""
     if name is None:
         return Listing(CATALOGUE)
     found = tuple(entry for entry in CATALOGUE if entry.name == name)

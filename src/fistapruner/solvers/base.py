@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,11 +60,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of solvers and refinements: frozen dataclasses.
-
-    Raises:
-        FistaPrunerError: a setting is of another type than its default, or out of its bounds.
-    """
+    """Base of solvers and refinements: frozen dataclasses, whose settings are checked."""
 
     name: ClassVar[str]
     refines: ClassVar[bool] = False
@@ -75,7 +71,7 @@ class Method(ABC):
     """Whether a solver starts from the solution of a step before it; else it stands first in a chain."""
 
     def __post_init__(self) -> None:
-        for each in _settings(type(self)):
+        for each in (each for each in fields(self) if each.metadata):
             value = getattr(self, each.name)
             if isinstance(each.default, float) and type(value) is int and abs(value) < 2**1000:
                 object.__setattr__(self, each.name, value := float(value))
@@ -95,16 +91,11 @@ class Method(ABC):
     @classmethod
     def descriptions(cls) -> dict[str, tuple[Any, str]]:
         """Return the default and the description of every setting, by name."""
-        return {each.name: (each.default, each.metadata["description"]) for each in _settings(cls)}
+        return {each.name: (each.default, each.metadata["description"]) for each in fields(cls) if each.metadata}
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {each.name: getattr(self, each.name) for each in _settings(type(self))}
-
-
-def _settings(method: type[Method]) -> list[Field[Any]]:
-    """List the fields of a method that recipes set."""
-    return [each for each in fields(method) if each.metadata]
+        return {name: getattr(self, name) for name in self.descriptions()}
 
 
 def _wrong(value: Any, default: Any, metadata: Any) -> str | None:
@@ -153,10 +144,6 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
         value: a name (``"fista"``), a user's own class (``"./mine.py:MyMethod"``), names joined by ``+``
             (``"alps+swap"``), or a list of names, of one-entry dictionaries with settings
             (``[sparsegpt, {fista: {warm_start: wanda}}, refit]``) or of method objects.
-
-    Raises:
-        FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
-            step whose solution it does not take.
     """
     if isinstance(value, str):
         value = value.split("+")
@@ -226,13 +213,14 @@ def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, m
     problem.check_finite()
     if problem.cache is None:
         problem = replace(problem, cache={})
-    if not isinstance(sparsity, Stacked):
-        return _run_steps(problem, parse_sparsity(sparsity), steps)
-    if sum(sparsity.rows) != len(problem.weight):
+    if isinstance(sparsity, Stacked) and sum(sparsity.rows) != len(problem.weight):
         raise FistaPrunerError(
             f"{problem.name}: {len(problem.weight)} rows, and its constraints are for {sparsity.rows}"
         )
-    found = [_run_steps(problem.slice(rows, name), constraint, steps) for name, rows, constraint in sparsity.parts()]
+    with torch.autocast(problem.weight.device.type, enabled=False):  # of a caller
+        if not isinstance(sparsity, Stacked):
+            return _run_steps(problem, parse_sparsity(sparsity), steps)
+        found = [_run_steps(problem.slice(rows, name), part, steps) for name, rows, part in sparsity.parts()]
     return Solution(
         torch.cat([each.weight for each in found]),
         torch.cat([each.mask for each in found]),
@@ -242,12 +230,6 @@ def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, m
 
 
 def _run_steps(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
-    """Run a chain on one operator, in fp32 also inside a caller's autocast."""
-    with torch.autocast(problem.weight.device.type, enabled=False):
-        return _run_in_fp32(problem, constraint, steps)
-
-
-def _run_in_fp32(problem: LayerProblem, constraint: Constraint, steps: Sequence[Method]) -> Solution:
     """Run a chain on one operator."""
     m, n = problem.shape
     constraint.check(n, problem.name)

@@ -85,9 +85,6 @@ def solve_low_rank(
 
     Returns:
         The sparse part, whose recorded errors are those of the sum, and the low-rank part.
-
-    Raises:
-        FistaPrunerError: the rank is negative or larger than the operator has, or what ``solve`` refuses.
     """
     if problem.cache is None:
         problem = replace(problem, cache={})

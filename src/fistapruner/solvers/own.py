@@ -31,9 +31,6 @@ def own_method(name: str) -> type[Method] | None:
 
     Args:
         name: ``FILE.py:CLASS`` or the name of an entry point; after an ``@`` the hash that a run has recorded.
-
-    Raises:
-        FistaPrunerError: there is no such file or class, it cannot be imported, or the file is not the recorded one.
     """
     recorded = RECORDED.fullmatch(name)
     place = recorded[1] if recorded else name
@@ -91,11 +88,7 @@ def _method(place: str, path: Path, attribute: str, digest: str) -> type[Method]
 
 
 def check_solution(step: Method, problem: LayerProblem, constraint: Constraint, solution: Any) -> None:
-    """Refuse a solution of a user's own method that is none.
-
-    Raises:
-        FistaPrunerError: names the operator, the method and what is wrong.
-    """
+    """Refuse a solution of a user's own method that is none."""
     shape, fault = tuple(problem.weight.shape), None
     if not isinstance(solution, Solution):
         fault = f"solve has returned {type(solution).__name__}, and a Solution is expected"

@@ -81,11 +81,9 @@ def merge_adapter(
     The merge is computed in fp32 and rounded once. A surviving weight that becomes 0 keeps its value.
 
     Args:
-        folder: a pruned Hugging Face folder, or a finished run.
-        adapter: folder with ``adapter_config.json``.
+        folder: a pruned Hugging Face folder, or a finished run; ``adapter``: folder with ``adapter_config.json``.
         out: folder to make; it must not exist.
-        command: shell line for the lineage.
-        allow_pickle, trust_remote_code: see ``fistapruner.prune``.
+        command: shell line for the lineage; ``allow_pickle``, ``trust_remote_code``: see ``fistapruner.prune``.
 
     Raises:
         FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; ``out`` exists.

@@ -49,7 +49,6 @@ RESULT = "aligned"
 class Alignment(Recovery):
     """An opened run of ``align``; what is not said here is as in :class:`.Recovery`."""
 
-    verb: ClassVar[str] = "align"
     settings: ClassVar[type[Any]] = AlignRecipe
     directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
     texts: ClassVar[str] = "pairs"

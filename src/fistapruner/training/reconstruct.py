@@ -105,10 +105,9 @@ def reconstruct_layer(
         masters = Masters(dict(layer.masters.items()), rates, layer.masked)
         loss = BlockLoss(inputs, wanted, settings.metric, model.device)
         held, train = _split(inputs.samples)
-        generator, turns = torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63), settings.steps
-        order = [
-            train[at] for _ in range(0, turns, len(train)) for at in torch.randperm(len(train), generator=generator)
-        ]
+        generator = torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63)
+        turns = [torch.randperm(len(train), generator=generator) for _ in range(0, settings.steps, len(train))]
+        order = [train[at] for turn in turns for at in turn.tolist()]
         # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
         up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
 

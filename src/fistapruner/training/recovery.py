@@ -56,7 +56,6 @@ class Recovery:
         world: the processes that train together.
     """
 
-    verb: ClassVar[str] = "recover"
     settings: ClassVar[type[Any]] = RecoverRecipe
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
     texts: ClassVar[str] = "texts"

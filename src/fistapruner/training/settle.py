@@ -138,8 +138,8 @@ class Settling:
         if self.evaluation is not None:
             check_data(self.evaluation.data)
         self.recipe = recipe = verb.resolved(request).with_absolute_files()
-        keeps_low_rank = verb.verb == "recover" and not recipe.zeroth_order
-        self.source = find_input(request.model, request.permissions, None if keeps_low_rank else verb.verb)
+        keeps_low_rank = recipe.verb == "recover" and not recipe.zeroth_order
+        self.source = find_input(request.model, request.permissions, None if keeps_low_rank else recipe.verb)
         if not getattr(recipe.data, verb.texts):
             raise FistaPrunerError(f"say what to train on with --data: {verb.choices}")
         listener.say(f"model {request.model}: {self.source.folder}")
