@@ -30,10 +30,6 @@ class FistaPrunerError(Exception):
         super().__init__(printable(message))
 
 
-class NoTemporaryFolderError(FistaPrunerError):
-    """No temporary folder can be made or written, which is no fault of the model that it was for."""
-
-
 class MissingExtraError(FistaPrunerError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

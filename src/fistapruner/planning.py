@@ -40,7 +40,6 @@ from .runtime.devices import (
     free_device_memory,
     free_memory,
     peak_bytes,
-    release_device_memory,
     resident_memory,
     worker_devices,
 )
@@ -418,7 +417,7 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
     # Of each memory its name, bytes, the processes that share it (this one beside workers), and the stages of one.
     limits = [(given, nbytes, workers + bound.in_files, bound.host if bound.cuda else bound.stages)]
     if bound.cuda:
-        release_device_memory()
+        torch.cuda.empty_cache()
         apart = worker_devices(execution.device, workers, execution.threads) if bound.in_files else []
         sharing = 1 + apart.count(device)
         free = max(0, free_device_memory(device) - DEVICE_RESERVE * sharing)

@@ -39,7 +39,6 @@ from ..runtime.devices import (
     available_cores,
     cpu_threads,
     peak_memory,
-    release_device_memory,
     usable_threads,
     worker_devices,
 )
@@ -88,7 +87,7 @@ def prune_layers(
         if executor == "serial" or pruned or inspect is not None or len(todo) <= 1:
             _prune_serially(context, todo, listener, inspect)
         else:
-            release_device_memory()  # for the workers that share this process's GPU
+            torch.cuda.empty_cache()  # for the workers that share this process's GPU
             _prune_in_parallel(context, set(todo), execution, listener)
 
 

@@ -161,19 +161,13 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def release_device_memory() -> None:
-    """Return memory that this process has freed to its GPUs, for other processes and for larger blocks."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def release_failed_memory() -> None:
     """Return what work has held that ran out of a GPU's memory.
 
     Call it behind the ``except`` block of the error: only then are the tensors free that its frames held.
     """
     gc.collect()
-    release_device_memory()
+    torch.cuda.empty_cache()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

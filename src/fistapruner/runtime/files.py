@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError, NoTemporaryFolderError, one_line, unreadable
+from ..errors import FistaPrunerError, one_line, unreadable
 from .show import size
 
 PARTIAL = ".partial"
@@ -30,9 +30,6 @@ BYSTANDERS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a pointer of git-lfs begins."""
-
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
-"""What systems say that cannot flush a folder, and folders that may be written to but not listed."""
 
 
 @contextmanager
@@ -102,15 +99,12 @@ def entries(folder: Path, names: str = ".*") -> list[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder to the disk, where it can be flushed, so that renames inside it survive a power loss."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
 
 
 def unfinished(folder: Path) -> Path:
@@ -121,8 +115,8 @@ def unfinished(folder: Path) -> Path:
 def remove_folder(folder: Path) -> None:
     """Remove a folder at once, and what killed attempts to write or remove it have left."""
     partial = unfinished(folder)
-    refuse_link(folder)
-    refuse_link(partial)
+    for path in (folder, partial):
+        refuse_link(path)
     with disk_errors(folder):
         if partial.exists():
             shutil.rmtree(partial)
@@ -136,7 +130,7 @@ def temporary_folder() -> TemporaryDirectory[str]:
     try:
         return TemporaryDirectory(prefix="fistapruner-")
     except OSError as error:
-        raise NoTemporaryFolderError(f"no temporary folder can be written ({one_line(error)}): set TMPDIR") from None
+        raise FistaPrunerError(f"no temporary folder can be written ({one_line(error)}): set TMPDIR") from None
 
 
 @contextmanager
@@ -229,11 +223,8 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically."""
-    with atomic_file(target) as descriptor, _opened(source) as file:
-        offset = 0
-        while piece := file.read(2**24):
-            write_all(descriptor, piece, offset)
-            offset += len(piece)
+    with _opened(source) as file, atomic_file(target) as descriptor, open(descriptor, "wb", closefd=False) as out:
+        shutil.copyfileobj(file, out, 2**24)
 
 
 def _opened(path: Path) -> BufferedReader:

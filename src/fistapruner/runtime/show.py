@@ -120,10 +120,8 @@ def span(values: Iterable[int]) -> str:
     return count(last) if ordered[0] == last else f"{count(ordered[0])} to {count(last)}"
 
 
-def short_count(value: int | None) -> str:
+def short_count(value: int) -> str:
     """Format a whole number with a unit: ``135M``."""
-    if value is None:
-        return "–"
     for unit, base in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= base:
             return f"{significant(value / base)}{unit}"
@@ -150,12 +148,9 @@ def percent_with_error(share: float | None, error: float | None, digits: int = 1
     return with_error(value, spread, digits)
 
 
-def p_value(value: float | None) -> str:
-    """Format a p-value: ``p = 0.034``, ``p < 0.001``; next to 0.05 with more digits."""
-    if value is None or not math.isfinite(value):
-        return "p –"
-    digits = next((digits for digits in range(3, MOST_DECIMALS) if round(value, digits) != 0.05), MOST_DECIMALS)
-    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value == 0.05 else digits}f}"
+def p_value(value: float) -> str:
+    """Format a p-value: ``p = 0.034``, ``p < 0.001``."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
