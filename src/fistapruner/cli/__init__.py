@@ -207,13 +207,11 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    actions: dict[str, Any] = {"SIGTERM": interrupt} if elastic else {"SIGTERM": interrupt, "SIGHUP": signal.SIG_IGN}
+    actions: dict[int, Any] = {signal.SIGTERM: interrupt} | ({} if elastic else {signal.SIGHUP: signal.SIG_IGN})
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
-        for name, action in actions.items():
-            if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
-                before[number] = signal.signal(number, action)
+        before |= {number: signal.signal(number, action) for number, action in actions.items()}
     try:
         yield came
     finally:
