@@ -36,6 +36,7 @@ from ..models.safetensors import LazyTensors, SafetensorsFile, write_tensors
 from ..runtime.numerics import seeded
 from ..training.loop import Descent
 from ..training.loss import Objective
+from ..training.masked import changes
 
 EPS = 1e-3
 """Size of the perturbation (the program's default)."""
@@ -177,15 +178,9 @@ class ForwardOnly:
             weight.copy_(tensors[name])
 
     def result(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the changed tensors by checkpoint name, rounded as the checkpoint stores them, on the CPU."""
-        for name, weight in self.weights.items():
-            source = self.model.source(name)
-            before = self.model.checkpoint.read(source)
-            after = self.model.result(source, weight.detach()).to(before.dtype)
-            if name in self.pruned:
-                after = torch.where((before == 0) | (after == 0), before + 0.0, after)
-            if not torch.equal(after, before):
-                yield source, after
+        """Yield the changed tensors, as :func:`.changes`."""
+        weights = self.weights.items()
+        return changes(self.model, ((self.model.source(n), each.detach(), n in self.pruned) for n, each in weights))
 
     @property
     def numbers(self) -> int:

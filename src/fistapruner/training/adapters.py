@@ -82,11 +82,7 @@ def merge_adapter(
 
     Args:
         folder: a pruned Hugging Face folder, or a finished run; ``adapter``: folder with ``adapter_config.json``.
-        out: folder to make; it must not exist.
-        command: shell line for the lineage; ``allow_pickle``, ``trust_remote_code``: see ``fistapruner.prune``.
-
-    Raises:
-        FistaPrunerError: peft is not installed or refuses the adapter; nothing is pruned; ``out`` exists.
+        out: folder to make; it must not exist. Other arguments as of ``fistapruner.prune``.
     """
     try:
         import peft

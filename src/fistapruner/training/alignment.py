@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,18 +14,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..measure.logits import accuracy_error, preference_figures
 from ..models.safetensors import SafetensorsFile, write_tensors
+from ..papers import mrpo
 from ..papers.mezo import ForwardOnly
-from ..papers.mrpo import (
-    Preference,
-    PreferenceLoss,
-    accuracy,
-    fixed_weights,
-    held_out_weights,
-    margins_of,
-    pair_weights,
-    reference_margins,
-    virtual_reference,
-)
 from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..runs.directory import AlignDirectory, TrainingDirectory
@@ -108,8 +98,8 @@ class Alignment(Recovery):
         recipe, preference, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self._weighed(self.references(listener))
-            margins, weights = reference_margins(cast(PreferenceLoss, recipe.loss), stacked, weights, self._clip)
-            preference = Preference(margins, weights, recipe.beta)
+            margins, weights = mrpo.reference_margins(recipe.loss, stacked, weights, self._clip)  # type: ignore[arg-type]
+            preference = mrpo.Preference(margins, weights, recipe.beta)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
             teacher = self.teacher(chosen, listener)
@@ -134,8 +124,8 @@ class Alignment(Recovery):
                 names = dict.fromkeys(("pruned", *self.recipe.resolved_references, *known))
                 found = {name: self._reference(name, listener) for name in names}
                 write_tensors(path, found, {"made_from": self.fingerprint})
-        found = self.world.tell(found)
-        return found
+        told: dict[str, Tensor] = self.world.tell(found)
+        return told
 
     def _reference(self, name: str, listener: Listener) -> Tensor:
         """Compute the (pairs, 2) log-probabilities of one model."""
@@ -159,13 +149,13 @@ class Alignment(Recovery):
         recipe, names = self.recipe, self.recipe.resolved_references or ("pruned",)
         stacked = torch.stack([references[name] for name in names])
         if recipe.weights == "per-pair":
-            return names, stacked, pair_weights(stacked)
+            return names, stacked, mrpo.pair_weights(stacked)
         if recipe.weights == "fixed":
             shares = torch.ones(len(names), dtype=torch.float64)
         else:
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
-            shares = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
-        return names, stacked, fixed_weights(shares, stacked.shape[1])
+            shares = mrpo.held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
+        return names, stacked, mrpo.fixed_weights(shares, stacked.shape[1])
 
     @property
     def _clip(self) -> float | None:
@@ -183,11 +173,11 @@ class Alignment(Recovery):
             return
         places = [window // 2 for window in windows[::2]]
         names, stacked, weights = self._weighed(references)
-        kind = cast(PreferenceLoss, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
-        mixed = virtual_reference(kind, stacked, weights, self._clip)
+        kind: Any = recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo"
+        mixed = mrpo.virtual_reference(kind, stacked, weights, self._clip)
         models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
-        margins = margins_of(rewards)
+        margins = mrpo.margins_of(rewards)
         used = sorted({window // 2 for window in self.order().flatten().tolist()})
         shares = weights[:, used].mean(1).tolist()
         figures = {"margin": margins, "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
@@ -199,7 +189,7 @@ class Alignment(Recovery):
             left_out=next(iter(text.facts["tasks"].values()))["too_long"],
             references=dict(zip(names, shares, strict=True)) if recipe.resolved_references else {},
             test=preference_figures({**models, RESULT: own}, text.marks[windows].sum(1).view(-1, 2), RESULT),
-            reward_accuracy=float(accuracy(margins)),
+            reward_accuracy=float(mrpo.accuracy(margins)),
             reward_accuracy_error=accuracy_error(margins),
             **{name: mean for name, (mean, _) in means.items()},
             **{f"{name}_error": error for name, (_, error) in means.items()},

@@ -53,12 +53,8 @@ def hold_mask(model: nn.Module) -> HoldMask:
             are new adapters and are not held). A tensor of all experts of a mixture counts as a linear weight: all of
             its zeros are held.
 
-    Returns:
-        A context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one byte
-        for each held weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
-
-    Raises:
-        FistaPrunerError: nothing is pruned, or a weight has no values.
+    Returns a context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one
+    byte for each held weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
     """
     return HoldMask(model)
 
@@ -107,11 +103,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Check that every pruned weight is 0. Where weights are sharded, all processes must call it.
-
-        Raises:
-            FistaPrunerError: names the first operator with lost zeros.
-        """
+        """Check that every pruned weight is 0. Where weights are sharded, all processes must call it."""
         self._reshard()
         tensors = {name: weight.tensor for name, weight in self._weights.items()}
         lost = [(local(tensor)[self._mask(name, tensor)] != 0).sum() for name, tensor in tensors.items()]

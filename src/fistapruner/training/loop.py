@@ -59,11 +59,8 @@ OURS = Descent()
 class State:
     """The plain values of a training state.
 
-    Args:
-        step: steps taken.
-        before: held-out loss of the start; ``best``: the lowest so far, after step ``best_step``, 0 is the start.
-        rate: factor of the learning rate, before the schedule.
-        stopped: no further steps are taken; ``fault``: why training stopped early, a sentence.
+    The held-out loss is ``before`` at the start, and at its ``best`` after step ``best_step``. ``rate`` is a factor of
+    the learning rate, before the schedule; ``fault`` says why training stopped early.
     """
 
     step: int = 0
@@ -86,12 +83,8 @@ class Loop:
 
     Args:
         trained: what is trained: it can ``keep`` its weights as the best, ``restore`` them, and has ``tensors``.
-        steps: in all.
         step: takes step (number, factor of the first learning rate); returns its loss, and the size of its gradient.
         held_out: returns the held-out loss, and that of each of several tasks.
-        tokens: returns the tokens with loss of a step.
-        states: snapshots; ``journal``: path of the journal; ``fingerprint``: identity of the run.
-        listener: receives progress, named ``what``; ``after_snapshot`` is called when a state is on the disk.
         agree: gives all processes of a run the answer of the first to whether a state is due.
     """
 

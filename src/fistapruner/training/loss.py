@@ -65,14 +65,9 @@ class TokenLoss:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the loss of every token, in blocks of rows that fit a core's cache.
 
-        Args:
-            logits: (tokens, vocabulary) of the model; ``targets``: (tokens,) the tokens that follow.
-            dense: (tokens, vocabulary) logits of the dense model; not needed for cross-entropy alone.
-            factor: of the gradient; None computes none.
-            budgets: bytes of logits at once.
-
-        Returns:
-            (tokens,) losses, and ``factor`` times the gradient of their sum with respect to ``logits``.
+        Takes (tokens, vocabulary) logits of the model and, but for cross-entropy alone, of the dense model, and the
+        (tokens,) tokens that follow. Returns (tokens,) losses, and ``factor`` times the gradient of their sum with
+        respect to ``logits``; without a factor no gradient is computed.
         """
         losses, gradient = [], None if factor is None else torch.empty_like(logits)
         for start, stop in budgets.cache(logits):
@@ -140,15 +135,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Teacher:
-    """The dense model's last hidden states of the windows of a text.
+    """The dense model's last hidden states of the windows of a text, in blocks that ``folder`` holds.
 
-    Args:
-        dense: the dense model; ``tokens``: (windows, seqlen) token ids.
-        folder: holds the blocks; made if it is not there.
-        batch_size: windows in one pass.
-        windows: their numbers in the order in which they are needed; None is all.
-        identity: what else decides the stored values (a hash of the dense model's files and of the text).
-        tick: receives progress: (what, steps done, steps in all).
+    ``tokens`` are (windows, seqlen) ids, ``windows`` their numbers in the order in which they are needed (None is all),
+    ``identity`` what else decides the stored values.
     """
 
     def __init__(
@@ -201,16 +191,10 @@ class Teacher:
 
 
 class Objective:
-    """The loss of windows of a text under a model with some of its tensors replaced.
+    """The loss of windows of a text under a resident model, whose decoder layers ``run`` runs.
 
-    Args:
-        model: the pruned model, resident; ``run`` runs a decoder layer of it.
-        text: the windows, and which of their tokens carry loss.
-        loss: of each token, a :class:`TokenLoss`; of pairs :class:`PairTerms`.
-        teacher: the dense model's predictions; needed where the loss has a divergence.
-        batch_size: windows in one pass.
-        checkpointing: keep only the inputs of decoder layers for the way back; the bits of the result are the same.
-        budgets: bytes of logits at once.
+    ``loss`` is a :class:`TokenLoss`, or of pairs :class:`PairTerms`; one with a divergence needs a ``teacher``. With
+    ``checkpointing`` only the inputs of decoder layers are kept for the way back; the bits of the result are the same.
     """
 
     together = 1

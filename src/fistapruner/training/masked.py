@@ -293,21 +293,29 @@ class Trained(Masters):
         found: Tensor = self.layers[index](hidden, *call)
         return found
 
-    @torch.no_grad()
     def result(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the changed tensors by checkpoint name, on the CPU, rounded as the checkpoint stores them.
+        """Yield the changed tensors, as :func:`changes`."""
+        values = (
+            (self.model.source_of(index, name), layer.exact(name).contiguous(), name in layer.pruned)
+            for index, layer in enumerate(self.layers)
+            for name in layer.keys
+        )
+        return changes(self.model, values)
 
-        Zeros are those of the file that was read, and ``+0.0``; a weight that would be rounded to 0 stays as it was.
-        """
-        for index, layer in enumerate(self.layers):
-            for name in layer.keys:
-                source = self.model.source_of(index, name)
-                before = self.model.checkpoint.read(source)
-                after = self.model.result(source, layer.exact(name).contiguous()).to(before.dtype)
-                if name in layer.pruned:
-                    after = torch.where((before == 0) | (after == 0), before + 0.0, after)
-                if not torch.equal(after, before):
-                    yield source, after
+
+@torch.no_grad()
+def changes(model: LayerwiseModel, values: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the changed ones of (checkpoint name, tensor, is pruned), on the CPU, rounded as they are stored.
+
+    Zeros are those of the file that was read, and ``+0.0``; a weight that would be rounded to 0 stays as it was.
+    """
+    for source, value, pruned in values:
+        before = model.checkpoint.read(source)
+        after = model.result(source, value).to(before.dtype)
+        if pruned:
+            after = torch.where((before == 0) | (after == 0), before + 0.0, after)
+        if not torch.equal(after, before):
+            yield source, after
 
 
 def first_rate(recipe: TrainingRecipe, own: float | None, typical: float | None, master: Tensor) -> float:

@@ -85,18 +85,15 @@ def reconstruct_layer(
     settings: ReconstructionSettings,
     parts: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the loaded, pruned decoder layer ``index`` in place.
+    """Train the loaded, pruned decoder layer ``index`` in place; weights outside of ``groups`` are left alone.
 
     Args:
-        model: the model, layer ``index`` loaded; ``groups``: its pruned operators, weights of others are left alone.
-        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match; ``calls``: as of layers.
-        settings: steps, seed, metric.
+        inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
             name with :data:`~fistapruner.models.low_rank.A` or ``B``.
 
     Returns:
-        Changed tensors by checkpoint name, rounded as stored, on the CPU; and steps taken, the step that is kept, and
-        the loss of the validation windows before and after.
+        Changed tensors by checkpoint name, rounded as stored, on the CPU; and what the report says of the steps.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):

@@ -45,15 +45,9 @@ from .settle import Request, Settling, identity
 
 @dataclass
 class Recovery:
-    """An opened run of ``recover``.
+    """An opened run of ``recover``: its directory, settings, text, and the pruned ``model`` that goes in.
 
-    Args:
-        run: its directory; ``fingerprint``: its identity.
-        recipe: all settings, resolved; ``decision``: what the run has decided beside them.
-        model: the pruned model that goes in; ``layout``: the operators that are trained; ``text``: the training text.
-        permissions: what the models' files may do.
-        low_rank: the low-rank part that belongs to the model; None where it has none.
-        world: the processes that train together.
+    ``layout`` are the operators that are trained, ``world`` the processes that train together.
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
@@ -146,10 +140,9 @@ class Recovery:
 
     @classmethod
     def open(cls, run: TrainingDirectory, execution: Execution, permissions: Permissions, world: World) -> Self:
-        """Open a run that was settled; ``execution`` says how the work is carried out now.
+        """Open a run that was settled, whose models and windows must be as they were.
 
-        Raises:
-            FistaPrunerError: its models or windows are gone or have changed.
+        ``execution`` says how the work is carried out now.
         """
         record = run.begun_record()
         decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
@@ -168,9 +161,8 @@ class Recovery:
     def trained(self, listener: Listener, after_snapshot: Callable[[], None]) -> Iterator[tuple[Any, State]]:
         """Train, or go on training, and keep the model loaded for the block.
 
-        Yields:
-            What holds the best weights (:class:`.Trained` or :class:`~fistapruner.papers.mezo.ForwardOnly`), and where
-            training ended; ``after_snapshot`` is called when a state is on the disk.
+        Yields what holds the best weights, and where training ended; ``after_snapshot`` is called when a state is on
+        the disk.
         """
         check_model(self.model)
         with cpu_threads(self.decision.numerics.threads), ExitStack() as loaded:

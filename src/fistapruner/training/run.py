@@ -18,31 +18,14 @@ from ..measure.run import measure
 from ..models.record import read_pruning_record, stack_of
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
-from ..pruning.write import (
-    check_zeros,
-    checkpoint_record,
-    close_report,
-    model_documents,
-    operator_claims,
-    refuse_foreign_files,
-    reporting_failure,
-    write_low_rank,
-    write_model,
-)
+from ..pruning import write
 from ..reporting.facts import length_setting
 from ..reporting.model_card import model_card
+from ..runs import settled
 from ..runs.directory import TrainingDirectory, refuse_out
 from ..runs.lineage import update_stage
 from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
-from ..runs.settled import (
-    TrainingRecord,
-    absolute,
-    interrupted_with,
-    refuse_other_settings,
-    refuse_other_versions,
-    refuse_overlap,
-)
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
@@ -123,15 +106,8 @@ def align(
 ) -> Report:
     """Train a pruned model on preference pairs, with every zero kept.
 
-    Args:
-        model: run directory of ``fistapruner.prune``, ``fistapruner.recover`` or of this function, or a pruned
-            checkpoint.
-        out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings: an AlignRecipe, a mapping, or the name of a YAML file; None is the default recipe.
-        **arguments: ``dense``, ``listener``, ``evaluate`` and the other arguments of ``fistapruner.recover``, and
-            single settings over the recipe: ``data={"pairs": "pairs.jsonl"}``, ``loss="harmonic"``, ``beta=0.05``.
-
-    Result and errors are those of ``fistapruner.recover``.
+    Arguments, result and errors are those of ``fistapruner.recover``, for an AlignRecipe: single settings are
+    ``data={"pairs": "pairs.jsonl"}``, ``loss="harmonic"``, ``beta=0.05``.
     """
     return recover(model, out, recipe=AlignRecipe.of(recipe), **arguments)
 
@@ -205,10 +181,10 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run, permissions, execution = request.run, request.permissions, request.recipe.execution
     run.check_place()
-    refuse_overlap(request.model, run.folder)
+    settled.refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
     with (
-        interrupted_with(lambda: _how_to_continue(run)),
+        settled.interrupted_with(lambda: _how_to_continue(run)),
         run.created(),
         hold(run.folder),
         log_file(run.log_file),
@@ -222,15 +198,15 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
             listener.say(fault)
         if report is None or fault:
             # The report of a finished run stays, whatever becomes of its checkpoint.
-            with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
+            with spent(run.folder) as times, nullcontext() if report else write.reporting_failure(run, times):
                 reset_peak_memory(choose_device(execution.device))
                 if begun is None:
                     Settling(request, listener).write()
                 elif report is None:
-                    refuse_other_versions(run, begun)
+                    settled.refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
                 training = request.verb.open(run, execution, permissions, world)
-                refuse_foreign_files(run, training.fingerprint)
+                write.refuse_foreign_files(run, training.fingerprint)
                 world.announce(READY)
                 with training.trained(listener, times.note) as (trained, state):
                     report = _write(training, trained, state, times, listener, report)
@@ -239,17 +215,14 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
         return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
 
 
-def _refuse_other(begun: TrainingRecord, request: Request) -> None:
+def _refuse_other(begun: settled.TrainingRecord, request: Request) -> None:
     """Refuse a command for a run directory that holds another run."""
-    decision, asked = (
-        begun.decision,
-        request.recipe.with_absolute_files().model_dump(mode="json", exclude={"execution"}),
-    )
-    here = {"model": absolute(request.model), **asked}
+    decision, here = begun.decision, {"model": settled.absolute(request.model), **request.asked}
+    here.pop("execution")
     if request.dense is not None:
         here["dense"] = str(request.permissions.find(request.dense).folder.absolute())
     dense = decision.dense and str(decision.dense)
-    refuse_other_settings(request.run, {"model": decision.model, "dense": dense, **decision.asked}, here)
+    settled.refuse_other_settings(request.run, {"model": decision.model, "dense": dense, **decision.asked}, here)
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
@@ -293,23 +266,23 @@ def _write(
         peak_device_memory=peak_device_memory(model.device),
     )
     content = read_pruning_record(training.decision.folder)
-    claims = operator_claims(report, model) | (content.get("operators") or {})
+    claims = write.operator_claims(report, model) | (content.get("operators") or {})
     report.stacked_experts = any(stack_of(name) for name in claims)
     report.finished = now()
     update_stage(report)
     begin = time.perf_counter()
     if (part := training.low_rank) is not None:
-        content |= write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
+        content |= write.write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
 
     def documents() -> dict[str, str]:
-        return model_documents(model_card(report), {**content, **checkpoint_record(report, claims)})
+        return write.model_documents(model_card(report), {**content, **write.checkpoint_record(report, claims)})
 
-    write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
+    write.write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
     trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
-    check_zeros(run.model, model.checkpoint, trained_weights)
+    write.check_zeros(run.model, model.checkpoint, trained_weights)
     assert report.recovery is not None
     report.totals.time_split["train"] = report.recovery.seconds
-    close_report(run, report, earlier, times, begin)
+    write.close_report(run, report, earlier, times, begin)
     update_stage(report)
     # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
     shutil.rmtree(run.teacher, ignore_errors=True)
@@ -350,7 +323,6 @@ def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, 
     found.read_journal(training.run.steps_file)
     lowest, highest = min(trained.rates.values()), max(trained.rates.values())
     found.lr, found.trained = {"lowest": lowest, "highest": highest}, trained.numbers
-    found.steps, found.kept_step = state.step, state.best_step
     found.operators = 0 if found.parameters == "norms" else len(operators)
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)

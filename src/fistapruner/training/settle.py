@@ -28,22 +28,12 @@ from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..pruning.settle import common_fields, numerics_of
 from ..pruning.workers import default_threads
+from ..runs import settled
 from ..runs.directory import TrainingDirectory, checkpoint_of
 from ..runs.lineage import dense_name, dense_of, input_run, lineage_of
 from ..runs.log import Listener
 from ..runs.records import CalibrationFacts
 from ..runs.records import Recovery as RecoveryFacts
-from ..runs.settled import (
-    EvaluationRequest,
-    RunRecord,
-    TrainingDecision,
-    TrainingRecord,
-    absolute,
-    changed_files,
-    evaluation_on,
-    fingerprint,
-    stamps,
-)
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name, pass_dtype
@@ -76,7 +66,7 @@ class Request:
     evaluate_windows: int | None = None
 
     @property
-    def origin(self) -> RunRecord | None:
+    def origin(self) -> settled.RunRecord | None:
         """The record of the run that made the model; None where it is of none."""
         run = input_run(self.model)
         return None if run is None else run.record()
@@ -87,16 +77,16 @@ class Request:
         settings: dict[str, Any] = self.recipe.with_absolute_files().model_dump(mode="json")
         return settings
 
-    def evaluation(self, begun: TrainingRecord | None = None) -> EvaluationRequest | None:
+    def evaluation(self, begun: settled.TrainingRecord | None = None) -> settled.EvaluationRequest | None:
         """Return the text to evaluate on: as asked, of the begun run, or of the input's run; or None."""
         origin = self.origin
         before = origin.decision.evaluation if origin else None
         if self.evaluate != "auto":
-            found = evaluation_on(self.evaluate, self.evaluate_windows)
+            found = settled.evaluation_on(self.evaluate, self.evaluate_windows)
         elif begun is not None:
             found = begun.decision.evaluation
         else:
-            found = before if origin else EvaluationRequest(data=PYTHON)
+            found = before if origin else settled.EvaluationRequest(data=PYTHON)
         if found is None:
             return None
         seqlen = found.seqlen or (before.seqlen if before else None)  # as the input was evaluated, or calibrated
@@ -108,9 +98,7 @@ class Request:
 def find_input(model: str, permissions: Permissions, drops_low_rank: str | None) -> ModelSource:
     """Find the pruned checkpoint of a run, or any other model.
 
-    Raises:
-        FistaPrunerError: an unfinished run, a damaged checkpoint of one, a packed folder, no such model, or a low-rank
-            part, which ``drops_low_rank`` would leave out.
+    A packed one is refused, and one with a low-rank part, which ``drops_low_rank`` would leave out.
     """
     folder = checkpoint_of(model)
     if is_packed(folder):
@@ -126,9 +114,6 @@ class Settling:
 
     Nothing is written yet. ``dense`` is None where the dense model is not known, or not found under the name ``named``;
     ``claims`` is the sparsity of the operators to train, by full name, and ``zeros`` counts those of all operators.
-
-    Raises:
-        FistaPrunerError: bad input, named, before any long work.
     """
 
     def __init__(self, request: Request, listener: Listener) -> None:
@@ -212,7 +197,7 @@ class Settling:
         found = self.dense_source
         refuse_low_rank(found.folder, "--dense")
         self.dense = dense = open_model(found, self.recipe, dtype=dtype_name(self.model.dtype))
-        fault = changed_files(known.stamps, found) if known and known.stamps else None
+        fault = settled.changed_files(known.stamps, found) if known and known.stamps else None
         if found.folder.resolve() == folder.resolve():
             fault = f"{found.folder} is the model that is trained"
         elif dense.vocabulary != self.model.vocabulary:
@@ -235,15 +220,15 @@ class Settling:
                 self.warn(warning)
         numerics = numerics_of(model, recipe.execution, self.plan.batch_size)
         low_rank = LowRankAdapter.beside(self.source.folder)
-        decision = TrainingDecision(
-            model=absolute(request.model),
+        decision = settled.TrainingDecision(
+            model=settled.absolute(request.model),
             folder=self.source.folder.absolute(),
-            stamps=tuple(stamps(model.checkpoint)),
+            stamps=tuple(settled.stamps(model.checkpoint)),
             numerics=numerics,
             evaluation=self.evaluation,
             asked=request.asked,
             dense=self.dense_source and self.dense_source.folder.absolute(),
-            dense_stamps=tuple(stamps(self.dense.checkpoint)) if self.dense else (),
+            dense_stamps=tuple(settled.stamps(self.dense.checkpoint)) if self.dense else (),
             checkpointing=self.plan.checkpointing,
             operators=self.claims,
             zeros=self.zeros,
@@ -253,7 +238,7 @@ class Settling:
         )
         run.write_recipe(recipe.to_yaml())
         run.write_record(
-            TrainingRecord(
+            settled.TrainingRecord(
                 kind=run.verb,
                 **common_fields(request, self, recipe, numerics.threads, lineage_of(self.source.folder)),
                 fingerprint=identity(recipe, model, text, decision),
@@ -284,8 +269,10 @@ def _facts(recipe: Any, text: TrainingText, steps: int) -> dict[str, Any]:
     return {"calibration": CalibrationFacts.model_validate(facts), "recovery": recovery}
 
 
-def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:
+def identity(
+    recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: settled.TrainingDecision
+) -> str:
     """Hash what decides the run's result."""
     more = [list(decision.dense_stamps), sorted(decision.operators), decision.windows_sha256, decision.steps]
     low_rank = [] if decision.low_rank is None else [decision.low_rank]
-    return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more, *low_rank)
+    return settled.fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more, *low_rank)
