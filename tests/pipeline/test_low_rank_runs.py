@@ -127,11 +127,7 @@ def test_the_sum_of_both_parts_is_the_model(tmp_path: Path, architecture: str) -
         fp.evaluate(model, "python", seqlen=32, windows=3, against=folder)
         for model in (run / "model", tmp_path / "whole")
     )
-    assert found.perplexity is not None
-    assert expected.perplexity is not None
     assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, rel=1e-6)
-    assert found.divergence is not None
-    assert expected.divergence is not None
     assert found.divergence.kl == pytest.approx(expected.divergence.kl, rel=1e-4)
     models = [load_whole(run / "model", CPU)]
     if importlib.util.find_spec("peft"):
@@ -244,7 +240,6 @@ def test_packed_it_is_the_sum_of_both_parts_and_unpacked_both_are_back(
     run, packed = packed_run(tmp_path, architecture, **changes)
     dtype, close = torch.bfloat16, {"rtol": 0.05, "atol": 0.1}
     whole, adapter = load_whole(run / "model", CPU, dtype), LowRankAdapter.beside(run / "model")
-    assert adapter is not None
     model = fp.load(packed)
     with torch.no_grad():
         for name in adapter.operators:
@@ -316,7 +311,6 @@ def test_a_packed_model_without_its_adapter_or_with_another_is_refused(
         assert main([command[0], str(packed), *command[1:]]) != 0
         assert re.search(rf"{packed / 'adapter' / lost},? is gone", "".join(capsys.readouterr()))
     adapter = LowRankAdapter.beside(run / "model")
-    assert adapter is not None
     with pytest.raises(FistaPrunerError, match=r"of another model: .*mlp\.down_proj has factors .* has \[32, 64\]"):
         adapter.add_to(tiny.build("llama", intermediate_size=64, num_hidden_layers=2))
 
@@ -338,7 +332,6 @@ def test_bench_counts_the_bytes_of_both_parts(tmp_path: Path) -> None:
         assert sizes["packed"] == (packed / "model.safetensors").stat().st_size + adapter
     fp.bench(run, measure=counted)
     assert load_run(run).totals.compressed_bytes == sizes["packed"]
-    assert factors is not None
     assert report.low_rank == factors.nbytes
     assert report.packed_total == report.dense_total - report.dense_operators + report.packed_operators
     files = PackedCheckpoint(packed).checkpoint.files.values()

@@ -54,7 +54,6 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     assert main(["evaluate", str(run), "--data", text, "--seqlen", "16", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     alone = fp.evaluate(made / "dense", text, seqlen=16).perplexity
-    assert alone is not None
     assert printed["reference"]["perplexity"] == alone.perplexity
     kept = json.loads((run / "report.json").read_text())["evaluations"]
     assert kept == [printed]
@@ -67,7 +66,6 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     report = load_run(run)
     windows = [evaluation.perplexity.windows for evaluation in report.evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
-    assert report.lineage is not None
     assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
 
 
@@ -268,7 +266,6 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     found = fp.bench(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
     printed = json.loads(json.dumps(found.to_json()))
     report = load_run(run)
-    assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed
     sizes = {row["variant"]: row["file_size"] for row in printed["speeds"]}
     assert report.totals.compressed_bytes == sizes["packed"]

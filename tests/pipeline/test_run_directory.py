@@ -385,7 +385,6 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     command += ["--out", str(tmp_path / "run")]
     assert main(command) == 0
     calibration = load_run(tmp_path / "run").calibration
-    assert calibration is not None
     assert sorted(task.samples for task in calibration.tasks.values()) == [1, 2]
     assert calibration.tasks["own"].source == str(text)
     assert main(command) == 0

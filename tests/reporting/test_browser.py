@@ -76,7 +76,6 @@ def seen(text: str, folder: Path, width: int, scheme: str) -> dict[str, Any]:
     command += ["--dump-dom", "--virtual-time-budget=20000", (folder / "around.html").as_uri()]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     title = re.search(r"<title>(.*?)</title>", said, re.DOTALL)  # the first is that of the page around
-    assert title is not None
     found: dict[str, Any] = json.loads(html.unescape(title[1]))
     return found
 

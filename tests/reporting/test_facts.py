@@ -195,7 +195,6 @@ def test_removed_structure_stands_with_its_errors() -> None:
 
 def test_a_recovery_that_won_nothing_says_so() -> None:
     report = samples.recovery(2)
-    assert report.recovery is not None
     report.recovery.kept_step = 0
     report.recovery.before = [report.evaluations[0]]
     for text in texts(report):
@@ -222,7 +221,6 @@ def test_an_alignment_stands_with_its_tests() -> None:
 
 def test_scores_before_training_are_those_of_the_same_items() -> None:
     report = samples.recovery()
-    assert report.recovery is not None
     before = report.recovery.before[0]  # arc_easy over 2376 items, piqa
     after = [replace(task, value=task.value + 0.02, p_value=0.5) for task in before.tasks]
 
@@ -294,7 +292,6 @@ def test_a_card_shows_names_as_they_are_and_runs_nothing() -> None:
     report = samples.report()
     report.model.source = "/home/me/<img src=x onerror=alert(1)>`|[a](b)\n# title"
     report.command = "fistapruner prune '```' --out x"
-    assert report.calibration is not None
     report.calibration.how = "sql: 3 windows of a*b*<img>.txt"
     _, text = card_parts(report)
     assert "sql: 3 windows of a\\*b\\*\\<img\\>.txt" in text

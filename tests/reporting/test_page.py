@@ -74,12 +74,9 @@ def test_text_never_becomes_markup() -> None:
     report.command = report.error = report.model.source = hostile
     report.recipe = {"method": hostile, "sparsity": hostile}
     report.layers[0].operators[0].name = hostile
-    assert report.workload is not None
     report.workload.tasks = {hostile: report.workload.tasks["chat"]}
     report.lineage = Lineage(source=ModelFacts(source=hostile), stages=[Stage(settings={"sparsity": hostile})])
     recovered = samples.recovery(2, tasks=True)
-    assert recovered.recovery is not None
-    assert recovered.calibration is not None
     recovered.recovery.parameters = recovered.recovery.loss = recovered.generations[0].recovered = hostile
     recovered.recovery.checks[0].by_task = recovered.recovery.checks[-1].by_task = {hostile: 1.0}
     recovered.calibration.tasks = {hostile: CalibrationTask(source=hostile, how=hostile)}

@@ -205,7 +205,6 @@ def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.Capture
 def test_the_curve_in_a_report_is_bounded(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 1 / step, "tokens": 10, "seconds": 0.1} for step in range(1, 1302)]
     found = load_run(unfinished_recovery(tmp_path / "run", lines)).recovery
-    assert found is not None
     assert (found.steps, found.tokens) == (1301, 13_010)
     assert 400 < len(found.curve) <= 500
 
@@ -244,11 +243,9 @@ def test_any_number_can_be_written(value: float, digits: int) -> None:
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
     report = samples.recovery()
-    assert report.recovery is not None
     report.recovery.curve, report.totals.seconds = [(1, math.inf), (2, math.nan)], math.nan
     report.layers = []
     text = json.dumps(report.model_dump(mode="json"), allow_nan=False)
     again = Report.model_validate_json(text)
     assert again.totals.seconds is None
-    assert again.recovery is not None
     assert [math.isnan(loss) for _, loss in again.recovery.curve] == [True, True]
