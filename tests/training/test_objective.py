@@ -120,10 +120,9 @@ def test_predictions_are_kept_and_made_again_where_they_are_damaged(tmp_path: Pa
     made = list[str]()
 
     def teacher(identity: str) -> Teacher:
-        found = Teacher(
-            dense, text.tokens, folder, batch_size=2, identity=identity, tick=lambda what, *_: made.append(what)
-        )
-        found.prepare()
+        found = Teacher(dense, text.tokens, folder, 2, identity=identity, tick=lambda what, *_: made.append(what))
+        for block in found.blocks:
+            found.hidden(block[0])
         return found
 
     first = [teacher("a").hidden(window) for window in range(WINDOWS)]

@@ -166,11 +166,6 @@ class Teacher:
             self._open[number] = self._block(number)
         return self._open[number].read(str(window))
 
-    def prepare(self) -> None:
-        """Make all blocks that are not there yet."""
-        for block in self.blocks:
-            self.hidden(block[0])
-
     def _block(self, number: int) -> SafetensorsFile:
         """Open a block that is whole and of this text and model, or pass its windows through the dense model."""
         windows, path = self.blocks[number], self.folder / f"{number:05d}.safetensors"

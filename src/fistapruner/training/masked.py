@@ -155,12 +155,11 @@ class TrainedLayer(nn.Module):
         """Compute all effective tensors as the passes use them, differentiable, by name inside the layer."""
         found = {}
         for name in self.keys:
-            dtype = self.layer.get_parameter(name).dtype
-            if self._low_rank is None or name not in self.pruned:
-                found[name] = self.exact(name, dtype).to(dtype)
-            else:
-                transposed = self.pruned[name][1]
-                found[name] = self._low_rank.added(self._full[name], self.exact(name), transposed=transposed).to(dtype)
+            dtype, part = self.layer.get_parameter(name).dtype, self._low_rank if name in self.pruned else None
+            value = self.exact(name, dtype if part is None else torch.float32)
+            if part is not None:
+                value = part.added(self._full[name], value, transposed=self.pruned[name][1])
+            found[name] = value.to(dtype)
         return found
 
     def forward(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -305,7 +304,7 @@ class Trained(Masters):
 
 @torch.no_grad()
 def changes(model: LayerwiseModel, values: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the changed ones of (checkpoint name, tensor, is pruned), on the CPU, rounded as they are stored.
+    """Yield those (checkpoint name, tensor, is pruned) that differ, on the CPU, rounded as stored.
 
     Zeros are those of the file that was read, and ``+0.0``; a weight that would be rounded to 0 stays as it was.
     """

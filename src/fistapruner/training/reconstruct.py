@@ -85,7 +85,7 @@ def reconstruct_layer(
     settings: ReconstructionSettings,
     parts: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the loaded, pruned decoder layer ``index`` in place; weights outside of ``groups`` are left alone.
+    """Train the loaded, pruned decoder layer ``index`` in place; only ``groups`` and vectors change.
 
     Args:
         inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.

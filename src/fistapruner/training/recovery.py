@@ -252,7 +252,8 @@ class Recovery:
         batch_size, tick = self.decision.numerics.batch_size, listener.tick
         teacher = Teacher(dense, self.text.tokens, self.run.teacher, batch_size, windows, self.fingerprint, tick)
         if self.world.rank == 0:
-            teacher.prepare()
+            for block in teacher.blocks:  # those that are not there yet are made
+                teacher.hidden(block[0])
         self.world.tell()
         return teacher
 

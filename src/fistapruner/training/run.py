@@ -142,7 +142,14 @@ def _run(request: Request, told: Listener) -> Report:
     recipe, execution, run = request.recipe, request.recipe.execution, request.run
     with undisturbed(), joined(execution.device, execution.offload) as world:
         if world.size > 1:
-            _refuse_undivided(recipe, world.size)
+            unit = "pairs_per_step" if isinstance(recipe, AlignRecipe) else "windows_per_step"
+            fault, units = None, getattr(recipe, unit)
+            if recipe.zeroth_order:
+                fault = f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
+            elif units % world.size:
+                fault = f"{unit} is {units}: {world.size} processes need a multiple of {world.size}"
+            if fault:
+                raise FistaPrunerError(fault)
             execution = execution.model_copy(update={"device": str(world.device)})
             request = replace(request, recipe=recipe.model_copy(update={"execution": execution}))
         if world.rank == 0:
@@ -165,18 +172,6 @@ def _run(request: Request, told: Listener) -> Report:
         return run.read_report()
 
 
-def _refuse_undivided(recipe: TrainingRecipe, processes: int) -> None:
-    """Refuse a run that several processes cannot share."""
-    unit = "pairs_per_step" if isinstance(recipe, AlignRecipe) else "windows_per_step"
-    fault, size = None, getattr(recipe, unit)
-    if recipe.zeroth_order:
-        fault = f"optimizer {recipe.optimizer} trains in one process: leave torchrun out"
-    elif size % processes:
-        fault = f"{unit} is {size}: {processes} processes need a multiple of {processes}"
-    if fault:
-        raise FistaPrunerError(fault)
-
-
 def _lead(request: Request, told: Listener, world: World) -> Report:
     """Do what is left of a run in the one process, or in the first of several."""
     run, permissions, execution = request.run, request.permissions, request.recipe.execution
@@ -192,7 +187,12 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
         listener, begun = Logged(told), run.record()
         report, fault = None, None
         if begun is not None:
-            _refuse_other(begun, request)
+            before, here = begun.decision, {"model": settled.absolute(request.model), **request.asked}
+            del here["execution"]
+            if request.dense is not None:
+                here["dense"] = str(permissions.find(request.dense).folder.absolute())
+            dense = before.dense and str(before.dense)
+            settled.refuse_other_settings(run, {"model": before.model, "dense": dense, **before.asked}, here)
             report, fault = run.finished_report(begun.fingerprint)
         if fault:
             listener.say(fault)
@@ -213,16 +213,6 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
         return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
-
-
-def _refuse_other(begun: settled.TrainingRecord, request: Request) -> None:
-    """Refuse a command for a run directory that holds another run."""
-    decision, here = begun.decision, {"model": settled.absolute(request.model), **request.asked}
-    here.pop("execution")
-    if request.dense is not None:
-        here["dense"] = str(request.permissions.find(request.dense).folder.absolute())
-    dense = decision.dense and str(decision.dense)
-    settled.refuse_other_settings(request.run, {"model": decision.model, "dense": dense, **decision.asked}, here)
 
 
 def _how_to_continue(run: TrainingDirectory) -> str:
