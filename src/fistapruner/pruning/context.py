@@ -335,7 +335,10 @@ def open_model(
     *,
     dtype: str | None = None,
 ) -> LayerwiseModel:
-    """Open a model as a recipe wants it run, or on the ``device`` and in the ``dtype`` that the run has decided on."""
+    """Open a model as a recipe wants it run.
+
+    A ``device`` or ``dtype`` of passes that the run has decided on goes before the recipe's.
+    """
     return LayerwiseModel(
         source.checkpoint(),
         device or choose_device(recipe.execution.device),

@@ -187,9 +187,9 @@ def _prune_in_parallel(context: RunContext, todo: set[int], execution: Execution
 
 
 def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit, listener: Listener) -> None:
-    """Pass the dense hidden states from layer to layer into files, at most ``size + 2``, which workers read.
+    """Pass the dense hidden states from layer to layer into files, which workers read.
 
-    A worker that died raises BrokenProcessPool.
+    At most ``size + 2`` files exist at a time. A worker that died raises BrokenProcessPool.
     """
     running: dict[Future[str | None], int] = {}
 
@@ -270,7 +270,7 @@ def _place(context: RunContext, device: str) -> tuple[Path, str, Permissions, Pa
 
 @contextmanager
 def _processes(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
-    """Start at most ``most`` processes of this machine: one for each GPU, or for each group of CPU cores."""
+    """Start at most ``most`` processes here: one for each GPU, or for each group of CPU cores."""
     devices = worker_devices(execution.device, execution.workers, context.numerics.threads)[:most]
     spawned = multiprocessing.get_context("spawn")  # a fork would share this process's threads and GPU
     places = spawned.SimpleQueue()
@@ -311,7 +311,7 @@ def _prune_here(index: int) -> str | None:
 
 @contextmanager
 def _ray_tasks(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
-    """Place tasks on a Ray cluster, at most ``most`` at a time, by GPUs and cores; no address starts one here."""
+    """Place tasks on a Ray cluster, at most ``most`` at a time; without an address one starts here."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
