@@ -21,7 +21,7 @@ from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import Layout, Operator, discover
 from fistapruner.passes.store import HiddenStates, scratch_factory
 from fistapruner.passes.stream import Calls
-from fistapruner.pruning.context import NO_MEASURES, LayerContext, LayerMeasures, LayerStreams
+from fistapruner.pruning.context import LayerContext, LayerMeasures, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
 from fistapruner.pruning.layer import Inspect, prune_layer
 from fistapruner.pruning.run import prune
@@ -37,7 +37,7 @@ def stream(
     inspect: Inspect | None = None,
     noise: float = DRIFT_NOISE,
     dtype: torch.dtype | None = None,
-    measures: LayerMeasures = NO_MEASURES,
+    measures: LayerMeasures | None = None,
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()

@@ -55,9 +55,7 @@ class Asked(BaseModel):
     seqlen: int | None = Field(None, ge=2)
     windows: PositiveInt | None = None
     bos: Literal["auto", "none", "text", "window"] = "auto"
-    tasks: Annotated[list[str], BeforeValidator(lambda it: [it] if isinstance(it, str) else it)] = Field(
-        [], strict=False
-    )
+    tasks: Names = Field([], strict=False)
     tasks_dir: Path | None = Field(None, strict=False)
     limit: PositiveInt | None = None
     device: Any = "auto"  # checked where it is chosen

@@ -7,7 +7,6 @@ its worker processes and the nodes of a cluster open the same :class:`RunContext
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -42,9 +41,6 @@ log = logging.getLogger("fistapruner")
 
 T = TypeVar("T")
 
-NO_CALLS = Calls(0, {})
-"""The calls of decoder layers before they are recorded."""
-
 
 @dataclass
 class LayerContext:
@@ -65,7 +61,7 @@ class LayerContext:
     recipe: Recipe
     sparsity: Mapping[str, Constraint]
     widths: Widths | None = None
-    calls: Calls = NO_CALLS
+    calls: Calls = field(default_factory=lambda: Calls(0, {}))
     scratch: Store = field(kw_only=True)
 
     def units(self, index: int) -> tuple[Unit, ...]:
@@ -144,10 +140,6 @@ class LayerMeasures:
     metric: Tensor | None = None
     importance: Mapping[str, Tensor] | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-NO_MEASURES = LayerMeasures()
-"""Measures of a recipe that needs none."""
 
 
 @dataclass
@@ -247,35 +239,17 @@ class RunContext(LayerContext):
             permissions=permissions,
         )
 
-    @property
-    def hidden(self) -> Path:
-        """Folder of the hidden states that this process keeps on disk."""
-        return self.run.hidden
-
-    def clear_hidden(self) -> None:
-        """Remove the hidden states that this process, or a killed one before it, has written."""
-        shutil.rmtree(self.hidden, ignore_errors=True)
-
     def store(self, name: str, *, samples: int | None = None, on_disk: bool = False) -> HiddenStates:
-        """Make a store for hidden states between decoder layers.
-
-        Args:
-            name: of its file.
-            samples: how many windows; None is all.
-            on_disk: keep it in a file, whatever the run has decided.
-        """
+        """Make a store for the hidden states of the first ``samples`` windows; None is all."""
         shape = (len(self.tokens) if samples is None else samples, self.tokens.shape[1], self.model.width)
         if on_disk:
-            return HiddenStates(shape, self.model.dtype, self.hidden / name)
+            return HiddenStates(shape, self.model.dtype, self.run.hidden / name)
         with suppress(torch.OutOfMemoryError):
             return self.scratch(name, shape)
         return HiddenStates(shape, self.model.dtype)
 
     def embed(self, name: str, *, on_disk: bool = False) -> HiddenStates:
-        """Return the input of the first decoder layer for all windows; record how layers are called.
-
-        Arguments as for :meth:`store`.
-        """
+        """Return the input of the first decoder layer for all windows; record how layers are called."""
         hidden = self.store(name, on_disk=on_disk)
 
         def work() -> None:
@@ -293,20 +267,20 @@ class RunContext(LayerContext):
 
     def advance(self, index: int, streams: LayerStreams) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
-        self.fitting(f"layer {index}", lambda: self._advance(index, streams), streams)
 
-    def _advance(self, index: int, streams: LayerStreams) -> None:
-        """Do what :meth:`advance` does, once."""
-        self.record_calls()
-        if streams.dense is not None and streams.dense_out is not None:
-            with self.model.layer(index):
-                run_layer(self.model, index, streams.dense, self.calls, output=streams.dense_out)
-        if streams.pruned_out is not None:
-            with ExitStack() as loaded:
-                layer = loaded.enter_context(self.model.layer(index, self._journaled(index)))
-                for unit in self.mixtures(index):
-                    loaded.enter_context(fewer_experts(layer, unit))
-                run_layer(self.model, index, streams.seen, self.calls, output=streams.pruned_out)
+        def work() -> None:
+            self.record_calls()
+            if streams.dense is not None and streams.dense_out is not None:
+                with self.model.layer(index):
+                    run_layer(self.model, index, streams.dense, self.calls, output=streams.dense_out)
+            if streams.pruned_out is not None:
+                with ExitStack() as loaded:
+                    layer = loaded.enter_context(self.model.layer(index, self._journaled(index)))
+                    for unit in self.mixtures(index):
+                        loaded.enter_context(fewer_experts(layer, unit))
+                    run_layer(self.model, index, streams.seen, self.calls, output=streams.pruned_out)
+
+        self.fitting(f"layer {index}", work, streams)
 
     def _journaled(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a pruned decoder layer, low-rank parts added to their operators."""
@@ -320,18 +294,10 @@ class RunContext(LayerContext):
         return tensors
 
     def fitting(self, what: str, work: Callable[[], T], streams: LayerStreams) -> T:
-        """Work; where the GPU's memory runs out, work again with less.
+        """Do ``work``; where the GPU's memory runs out, do it again with less.
 
-        Hidden states are then in main memory, and the batch size is halved. It divides the one before, so that batches
-        end at the same windows.
-
-        Args:
-            what: names the work, in messages.
-            work: may be done again from its beginning.
-            streams: hidden states in and out.
-
-        Raises:
-            FistaPrunerError: memory runs out with one window at a time.
+        The hidden states of ``streams`` are then in main memory, and the batch size is halved. It divides the one
+        before, so that batches end at the same windows.
         """
         while True:
             try:
@@ -350,7 +316,7 @@ class RunContext(LayerContext):
                     store.to_main_memory()
             fewer = before // next((divisor for divisor in range(2, before + 1) if before % divisor == 0), 1)
             self.numerics = self.numerics.model_copy(update={"batch_size": fewer})
-            self.calls, self.on_device = NO_CALLS, False
+            self.calls, self.on_device = Calls(0, {}), False
             self.scratch = _scratch(self.run, self.model, self.on_disk, False)
             warning = f"{what}: the memory of {self.model.device} ran out; it goes on with {counted(fewer, 'window')}"
             self.warnings.append(f"{warning} at a time instead of {before}")
@@ -371,11 +337,7 @@ def open_model(
 ) -> LayerwiseModel:
     """Open a model as a recipe wants it run.
 
-    Args:
-        source: its folder.
-        recipe: names device and precision.
-        device: where to compute; None is the recipe's device.
-        dtype: precision of forward passes that the run has decided on; None is the recipe's.
+    A ``device`` or ``dtype`` of passes that the run has decided on goes before the recipe's.
     """
     return LayerwiseModel(
         source.checkpoint(),

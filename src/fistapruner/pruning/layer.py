@@ -24,15 +24,12 @@ from ..solvers.base import Method, Solution, solve
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
-from .context import NO_MEASURES, LayerContext, LayerMeasures, LayerResult, LayerStreams
+from .context import LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .passes import LayerPasses
 from .removal import remove_channels_of, remove_experts
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve; it must not change the problem's tensors."""
-
-ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
-"""What a layer's relative error is relative to, as the report says it."""
 
 FEW = "fewer tokens than inputs"
 SHRUNK = ", so their Grams are shrunk towards the diagonal"
@@ -43,7 +40,7 @@ def prune_layer(
     context: LayerContext,
     index: int,
     streams: LayerStreams,
-    measures: LayerMeasures = NO_MEASURES,
+    measures: LayerMeasures | None = None,
     listener: Listener | None = None,
     inspect: Inspect | None = None,
 ) -> LayerResult:
@@ -57,7 +54,7 @@ def prune_layer(
         context: model, layout, settings.
         index: number of the layer.
         streams: hidden states in and out.
-        measures: what was measured on the dense model for this layer.
+        measures: what was measured on the dense model for this layer; None where the recipe needs nothing.
         listener: receives the beginning and the end of every group.
         inspect: receives every problem before it is solved.
 
@@ -71,7 +68,7 @@ def prune_layer(
             loaded.enter_context(model.layer(index))
         passes = LayerPasses(context, index, streams, clock)
         passes.begin()
-        pruning = _Pruning(passes, measures, listener or Listener(), inspect, result)
+        pruning = _Pruning(passes, measures or LayerMeasures(), listener or Listener(), inspect, result)
         for number in range(len(passes.groups)):
             pruning.remove_before(number, loaded)
             if number in passes.solved:
@@ -82,7 +79,9 @@ def prune_layer(
     entry, mixtures = result.entry, dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
     entry.warnings += _routing_warnings(entry, filter(None, mixtures))
     entry.seconds, entry.device = clock.seconds, str(model.device)
-    entry.relative_error, entry.relative_error_of = error, None if error is None else ERROR_OF
+    if error is not None:
+        entry.relative_error = error
+        entry.relative_error_of = "what the dense layer adds to its input, first batch of calibration windows"
     return result
 
 
@@ -187,17 +186,8 @@ class _Pruning:
 
         Where there is a low-rank part, the result receives both parts as they are stored.
 
-        Args:
-            operator: which is written.
-            name: its full name.
-            weight: (m, n) sparse part; receives the rounded values.
-            low_rank: the part to add, rounded as the adapter will hold it; None where there is none.
-
         Returns:
             The operator's weight in the layer (m, n), fp32, and whether nothing was rounded or added.
-
-        Raises:
-            FistaPrunerError: the dtype of the checkpoint or of the passes cannot hold a weight.
         """
         target, source = operator.weight(self.layer), self.model.source(f"{name}.weight")
         rounded = self.model.rounded(source, weight)
@@ -245,15 +235,9 @@ def _problem(sums: ProblemSums, name: str, target: float, *, routed: bool) -> La
     """Make the layer problem of a group; the sums are used up.
 
     An expert may have fewer tokens, p, than the n inputs: its Gram is singular, and least squares would fit noise. It
-    is shrunk towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structure.refit`): the penalty on changes
-    of weights is n / p. Errors are then those under the shrunk Gram, as shares of the energy under it. Without tokens
-    the Gram is the identity: all inputs count alike.
-
-    Args:
-        sums: of the group.
-        name: of the operators.
-        target: share of the dense model's output in the target.
-        routed: they are an expert's.
+    is shrunk towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structure.refit`). Errors are then those
+    under the shrunk Gram. Without tokens the Gram is the identity: all inputs count alike. ``target`` is the share of
+    the dense model's output in the target.
     """
     if routed and not sums.tokens:
         return replace(problem_without_tokens(sums.weight, name), cache={})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -258,21 +259,21 @@ def _prune(
     with nullcontext() if earlier is not None else reporting_failure(run, times):
         refuse_foreign_files(run, context.fingerprint)
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
-        context.clear_hidden()  # a killed process may have left some
+        shutil.rmtree(run.hidden, ignore_errors=True)  # a killed process may have left some
         if todo:
             refuse_other_versions(run, settled)
             run.remove_model()
             began = settled.machine.device_name or context.numerics.device
             if began != (here := device_title(context.model.device)):
                 listener.say(f"this run began on {began}; on {here} its last bits may differ")
-            with disk_errors(context.hidden):
-                context.hidden.mkdir(parents=True)
+            with disk_errors(run.hidden):
+                run.hidden.mkdir(parents=True)
             listener.begin(len(context.model), len(context.model) - len(todo))
             try:
                 prune_layers(context, todo, execution, listener, inspect)
             finally:
                 listener.end()
-                context.clear_hidden()
+                shutil.rmtree(run.hidden, ignore_errors=True)
         alone = len(todo) == len(context.model) and execution.executor == "serial"
         return write(context, times, listener, earlier, alone=alone)
 

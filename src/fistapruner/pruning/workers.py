@@ -134,10 +134,7 @@ def _prune_journaled(
 
 
 def _prune_serially(context: RunContext, todo: Collection[int], listener: Listener, inspect: Inspect | None) -> None:
-    """Prune layers in this process, in order; hidden states run through the others, as journaled.
-
-    Arguments as for :func:`prune_layers`.
-    """
+    """Prune layers in this process, in order; hidden states run through the others, as journaled."""
     last, recipe, (samples, seqlen) = max(todo), context.recipe, context.tokens.shape
     dense: HiddenStates | None = context.embed("embedded")
     pruned: HiddenStates | None = None
@@ -167,10 +164,7 @@ def _prune_serially(context: RunContext, todo: Collection[int], listener: Listen
 
 
 def _prune_in_parallel(context: RunContext, todo: set[int], execution: Execution, listener: Listener) -> None:
-    """Prune layers on workers; what workers that die have not journaled is done again.
-
-    Arguments as for :func:`prune_layers`.
-    """
+    """Prune layers on workers; what workers that die have not journaled is done again."""
     attempts, workers = 0, _processes if execution.executor == "process" else _ray_tasks
     while todo:
         try:
@@ -188,24 +182,14 @@ def _prune_in_parallel(context: RunContext, todo: set[int], execution: Execution
                 ) from None
             log.warning("a worker died (%s): the layers %s are done again", one_line(error), sorted(left))
             todo = left
-            for file in context.hidden.iterdir():
+            for file in context.run.hidden.iterdir():
                 file.unlink()
 
 
 def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit, listener: Listener) -> None:
     """Pass the dense hidden states from layer to layer into files, which workers read.
 
-    At most ``size + 2`` files exist at a time.
-
-    Args:
-        context: the opened run; ``propagate`` is ``dense``.
-        todo: indices of layers that are not journaled yet; those that are done are taken out.
-        size: number of workers; ``submit``: gives them a layer.
-        listener: receives progress.
-
-    Raises:
-        FistaPrunerError: a worker reports an error of the user's input.
-        BrokenProcessPool: a worker died.
+    At most ``size + 2`` files exist at a time. A worker that died raises BrokenProcessPool.
     """
     running: dict[Future[str | None], int] = {}
 
@@ -217,7 +201,7 @@ def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit,
                 raise FistaPrunerError(fault)
             entry = context.run.journal.finished(index, context.fingerprint)
             assert entry is not None
-            (context.hidden / _file(index)).unlink(missing_ok=True)
+            (context.run.hidden / _file(index)).unlink(missing_ok=True)
             listener.layer(entry)
 
     last, states = max(todo), context.embed(_file(0), on_disk=True)
@@ -286,13 +270,7 @@ def _place(context: RunContext, device: str) -> tuple[Path, str, Permissions, Pa
 
 @contextmanager
 def _processes(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
-    """Start processes of this machine: one for each GPU, or for each group of CPU cores.
-
-    Args:
-        context: the opened run.
-        execution: ``workers`` and ``device``.
-        most: no more workers are started.
-    """
+    """Start at most ``most`` processes here: one for each GPU, or for each group of CPU cores."""
     devices = worker_devices(execution.device, execution.workers, context.numerics.threads)[:most]
     spawned = multiprocessing.get_context("spawn")  # a fork would share this process's threads and GPU
     places = spawned.SimpleQueue()
@@ -333,16 +311,7 @@ def _prune_here(index: int) -> str | None:
 
 @contextmanager
 def _ray_tasks(context: RunContext, execution: Execution, most: int) -> Iterator[tuple[int, Submit]]:
-    """Place tasks on a Ray cluster, by GPUs and cores.
-
-    Args:
-        context: the opened run.
-        execution: ``address`` of the cluster (None starts one on this machine), ``workers``, ``device``.
-        most: no more tasks run at a time.
-
-    Raises:
-        FistaPrunerError: the cluster has no room for a worker, or loses one again and again.
-    """
+    """Place tasks on a Ray cluster, at most ``most`` at a time; without an address one starts here."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -375,14 +344,6 @@ def require_ray(address: str | None) -> None:
     """Refuse ``executor ray`` where Ray is not installed or a cluster cannot be reached.
 
     Ray itself would wait for minutes, and a signal would not end it.
-
-    Args:
-        address: ``HOST:PORT`` of the cluster's head, ``auto`` for the one that ``RAY_ADDRESS`` names or that is on this
-            machine, or None to start one.
-
-    Raises:
-        MissingExtraError: names the extra.
-        FistaPrunerError: names the address and the fault.
     """
     if head := cluster_head(address):
         host, _, port = head.rpartition(":")
@@ -403,10 +364,7 @@ def cluster_head(address: str | None) -> str | None:
 def room_for_workers(nodes: Iterable[Mapping[str, Any]], threads: int, *, cuda: bool) -> int:
     """Count the workers that a cluster has room for: Ray waits forever for a place that no node has.
 
-    Args:
-        nodes: as ``ray.nodes()`` describes them.
-        threads: cores of a worker, all on one node.
-        cuda: every worker needs a GPU of its node, too.
+    A worker has all its ``threads`` on one of the ``nodes`` (as of ``ray.nodes()``), and with ``cuda`` a GPU there.
     """
     resources = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
     cores = [int(found.get("CPU", 0) // threads) for found in resources]
