@@ -99,12 +99,15 @@ def entries(folder: Path, names: str = ".*") -> list[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder to the disk, where it can be flushed, so that renames inside it survive a power loss."""
-    with suppress(OSError):
+    try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno == errno.EIO:  # other systems and folders cannot be flushed
+            raise
 
 
 def unfinished(folder: Path) -> Path:
