@@ -23,6 +23,7 @@ from fistapruner.measure.streaming import Passes, score_windows
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.source import load_tokenizer, resolve_model
+from fistapruner.runtime.numerics import windows_at_once
 
 
 def main() -> None:
@@ -39,8 +40,8 @@ def main() -> None:
     device = torch.device("cpu")
     skeleton = LayerwiseModel(Checkpoint.open(folder), device)
     windows = load_windows(arguments.data, load_tokenizer(folder), arguments.seqlen, arguments.windows)
-    passes = Passes(arguments.batch_size)
-    size = passes.batch(arguments.seqlen, device)
+    size = arguments.batch_size or windows_at_once(arguments.seqlen, device)
+    passes = Passes(size)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype).eval()
 
     def bare() -> None:

@@ -75,7 +75,8 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     absent = str(tmp_path / "absent")
     for verb, *more in (["status"], ["report"], ["resume"], ["bench"], ["inspect"], ["pack", f"{absent}-packed"]):
         assert main([verb, absent, *more]) == 2
-        assert f"{absent} " in capsys.readouterr().err
+        fault = "is not a run that can be resumed" if verb == "resume" else "does not exist"
+        assert f"{absent} {fault}" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_read_from_its_layers(tmp_path: Path) -> None:
