@@ -48,6 +48,9 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     )
 
 
+MANY_UNKNOWN = 4
+"""Unknown settings that are answered one by one; more of them are no slips of the pen."""
+
 NAME_MAX = 255
 """Longest name of a file."""
 
@@ -125,9 +128,13 @@ def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
 
     if not isinstance(error, ValidationError):
         return str(error)
-    parts = []
-    settings = settings if error.error_count() < 5 else None  # a recipe of another verb
-    for item in error.errors():
+    parts, found = [], error.errors()
+    unknown = [str(item["loc"][-1]) for item in found if item["type"] == "extra_forbidden"]
+    if settings is not None and len(unknown) > MANY_UNKNOWN:
+        shown, more = ", ".join(map(repr, unknown[:MANY_UNKNOWN])), len(unknown) - MANY_UNKNOWN
+        parts.append(f"unknown settings {shown} and {more} more: a recipe of another verb, or another kind of file?")
+        found = [item for item in found if item["type"] != "extra_forbidden"]
+    for item in found:
         where, value, kind = ".".join(map(str, item["loc"])), item.get("input"), item["type"]
         if kind == "extra_forbidden":
             parts.append(f"unknown setting {where!r}{_nearest(where, settings)}")

@@ -197,6 +197,7 @@ class Bound:
     """Bound the bytes of a run where its layers are computed, in main memory beside a GPU, and on disk.
 
     The largest layer, the largest pass and the largest group count together, wherever each of them is in the model.
+
     Args:
         context: the model, and what is done to its operators.
     """

@@ -22,6 +22,7 @@ from fistapruner.measure.tasks import Tasks, task_result
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.records import Report
+from fistapruner.runtime.devices import usable_threads
 
 evaluate: Any = fp.evaluate
 
@@ -44,6 +45,20 @@ def plain_perplexity(folder: Path, text: str, seqlen: int) -> tuple[float, list[
         with torch.no_grad():
             means.append(float(model(input_ids=window[None], labels=window[None]).loss))
     return math.exp(sum(means) / len(means)), means
+
+
+def test_threads_are_those_that_the_caller_has_now(tmp_path: Path, text: Path) -> None:
+    """Not those of the import; they come back as they were."""
+    folder, before, seen = tiny.save("llama", tmp_path / "model"), torch.get_num_threads(), set[int]()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            evaluate(folder, str(text), seqlen=24, tick=lambda *_: seen.add(torch.get_num_threads()))
+            assert seen == {usable_threads()}
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(before)
+            seen.clear()
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -11,7 +11,7 @@ from ..models.build import load_whole, whole_fits
 from ..models.checkpoint import Checkpoint
 from ..models.source import load_tokenizer
 from ..runs.records import Generation
-from ..runtime.devices import cpu_threads, usable_threads
+from ..runtime.devices import threads_within_quota
 from ..runtime.show import Tick, silent
 
 PROMPTS = (
@@ -24,7 +24,7 @@ NEW_TOKENS = 32
 """Tokens that continue a prompt."""
 
 
-@cpu_threads(usable_threads())
+@threads_within_quota()
 def generate_side_by_side(
     models: Mapping[str, Path],
     device: torch.device,

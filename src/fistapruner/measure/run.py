@@ -136,7 +136,9 @@ def _evaluated(
     if compared.folder is None and not any(found.reference for found in report.evaluations):
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
         listener.say(f"no figures of the dense model, which {compared.gone}: '{add}' adds them")
-    for warning in seen_texts(report, request.data):
+    settled = run.begun_record().decision.evaluation
+    own = settled is None or settled.data != request.data  # else it was compared before the long work
+    for warning in seen_texts(report, request.data, own=own):
         add_warning(report, warning, listener)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
@@ -220,11 +222,11 @@ def shared_text(sources: Iterable[str], data: str, *, training: bool = False) ->
     )
 
 
-def seen_texts(report: Report, data: str) -> list[str]:
-    """Warn of evaluation text that is also calibration or training text of a run or of those before it."""
+def seen_texts(report: Report, data: str, *, own: bool = True) -> list[str]:
+    """Warn of evaluation text that is also text of the runs before one, or its own."""
     stages = report.lineage.stages if report.lineage else []
     runs = [(stage.kind, stage.settings) for stage in stages if stage.fingerprint != report.fingerprint]
-    runs.append((report.kind, report.recipe))
+    runs += [(report.kind, report.recipe)] if own else []
     found = []
     for kind, section in (("prune", "calibration"), ("recover", "data")):
         texts = [(settings.get(section) or {}).get("source") for verb, settings in runs if verb == kind]
@@ -258,7 +260,7 @@ def _add_input(
     for each in _of_input(report, compared.before):
         for part in _parts(each).values():
             before = put_in_place(before, part) if _measured_on(part) <= wanted else before
-    if found.perplexity is not None and not any({found.perplexity.measured_on} <= _measured_on(one) for one in before):
+    if found.perplexity is not None and not any(found.perplexity.measured_on in _measured_on(one) for one in before):
         if compared.before.exists():
             listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
             before = put_in_place(before, again(compared.before, against=found.against))

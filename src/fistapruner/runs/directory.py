@@ -20,8 +20,8 @@ Of a run that trains:
 
         windows.safetensors        training text or pairs: token ids, which carry loss, which are held out or tested
         teacher/                   the dense model's predictions of them (:mod:`fistapruner.training.loss`)
-        references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.references`)
-        steps.jsonl  states/       one line a step (:mod:`.steps`); the newest training states (:mod:`.store`)
+        references.safetensors     log-probabilities of answers (:mod:`fistapruner.training.alignment`)
+        steps.jsonl  states/       one line a step (:mod:`.log`); the newest training states (:mod:`.store`)
 """
 
 from __future__ import annotations
@@ -170,16 +170,17 @@ class RunDirectory(Generic[R_co]):
         """
         if not self.run_file.exists():
             return None
+        content, fault = {}, ""
         try:
-            content, fault = read_sealed_json(self.run_file), ""
+            content = read_sealed_json(self.run_file)
         except OSError as error:
             raise unreadable(self.run_file, error) from None
         except ValueError as error:
-            content, fault = {"format": FORMAT, "kind": self.verb}, f"{self.run_file} is damaged ({error})"
-        if content.pop("format", 0) != FORMAT:
+            fault = f"{self.run_file} is damaged ({error})"
+        if not fault and content.pop("format", 0) != FORMAT:
             by = (content.get("versions") or {}).get("fistapruner", "unknown")
             fault = f"{self.run_file} was written by another release of fistapruner ({by}), in another format"
-        elif self.verb not in (None, found := content.get("kind", "prune")):
+        elif not fault and self.verb not in (None, found := content.get("kind", "prune")):
             fault = f"{self.folder} holds a run of 'fistapruner {found}', not of {self.verb}"
         if fault:
             raise FistaPrunerError(f"{fault}: name another folder")

@@ -82,6 +82,13 @@ def usable_threads() -> int:
     return min(torch.get_num_threads(), available_cores())
 
 
+@contextmanager
+def threads_within_quota() -> Iterator[None]:
+    """Compute on :func:`usable_threads` inside the block."""
+    with cpu_threads(usable_threads()):
+        yield
+
+
 def available_cores() -> int:
     """Count the CPU cores that this process may use, within the quota of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

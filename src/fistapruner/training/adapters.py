@@ -36,10 +36,14 @@ from .hold_mask import held_weights
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_adapter`` did with an adapter of some ``kind``.
+    """What ``merge_adapter`` did.
 
-    It changes so many pruned ``operators``, with ``weights``, and ``zeros`` before as after. It would have ``refilled``
-    some of these: the mask took ``masked_share`` of the squared norm of its change.
+    Args:
+        model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
+        kind: of the adapter, as PEFT names it.
+        operators: pruned operators that the adapter changes.
+        weights: of these; ``zeros``: before as after; ``refilled``: zeros that the adapter would have filled.
+        masked_share: share of the squared norm of the adapter's change that the mask took.
     """
 
     model: Path

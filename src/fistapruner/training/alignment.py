@@ -98,7 +98,8 @@ class Alignment(Recovery):
         recipe, preference, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self._weighed(self.references(listener))
-            margins, weights = mrpo.reference_margins(recipe.loss, stacked, weights, self._clip)  # type: ignore[arg-type]
+            loss: Any = recipe.loss
+            margins, weights = mrpo.reference_margins(loss, stacked, weights, self._clip)
             preference = mrpo.Preference(margins, weights, recipe.beta)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]

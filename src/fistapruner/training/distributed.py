@@ -37,7 +37,10 @@ DONE, READY = "", "ready"
 
 @dataclass
 class World:
-    """The processes of a run; with ``offload`` shards rest in main memory; ``told`` by process 0."""
+    """The processes of a run.
+
+    With ``offload`` shards rest in main memory. ``told`` says that process 0 has told the others something.
+    """
 
     rank: int = 0
     size: int = 1
