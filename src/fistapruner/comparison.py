@@ -25,8 +25,8 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
+from .measure.logits import KeptStates
 from .measure.run import publish, shared_text
-from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
 from .pruning.context import open_model
 from .pruning.run import prune
