@@ -1,4 +1,4 @@
-"""Run windows through models, and reduce logits to token NLL, KL divergence and top-1 agreement, with paired tests.
+"""Run windows through models; reduce logits to NLL, KL divergence and top-1 agreement.
 
 A model is never whole in memory: all windows go through one decoder layer before the next layer is read. Only hidden
 states are stored, ``seqlen * width`` numbers for each window: in memory, or in a temporary file where they would take
@@ -70,7 +70,7 @@ def score_windows(
     kept: KeptStates | None = None,
     tick: Tick = silent,
 ) -> Tensor:
-    """Sum what :func:`token_figures` gives over the predicted tokens of every window of (windows, seqlen) tokens.
+    """Sum :func:`token_figures` over the predicted tokens of every window of (windows, seqlen) tokens.
 
     Args:
         model, reference: models with the same tokens, opened.
