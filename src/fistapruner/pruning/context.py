@@ -201,9 +201,6 @@ class RunContext(LayerContext):
             permissions: what the model's files may do.
             model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
             opened: the dense model, where this process has opened it before.
-
-        Raises:
-            FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
         """
         run = PruneDirectory(folder)
         record = run.begun_record()

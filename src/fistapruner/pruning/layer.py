@@ -57,9 +57,6 @@ def prune_layer(
         measures: what was measured on the dense model for this layer; None where the recipe needs nothing.
         listener: receives the beginning and the end of every group.
         inspect: receives every problem before it is solved.
-
-    Raises:
-        FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
     model, clock = context.model, Clock(context.model.device)
     result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))

@@ -187,9 +187,6 @@ def plan_pruning(
         model, allow_pickle, trust_remote_code: as for :func:`prune`.
         recipe: all settings.
         out: the run directory to be.
-
-    Raises:
-        FistaPrunerError: bad input, or a run that would not fit.
     """
     refuse_out(folder := out_path(out))
     check_sources(recipe)
@@ -211,9 +208,6 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request,
     """Refuse to go on with a run of other settings, model files, texts or workload.
 
     A finished run needs its model no more, which may be gone.
-
-    Raises:
-        FistaPrunerError: names what differs.
     """
     recipe, decided = request.recipe, settled.decision
     refuse_other_settings(run, Recipe.build(settled.recipe, str(run.run_file)).identity(), recipe.identity())

@@ -123,12 +123,7 @@ class Inputs:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse calibration text that is not there or needs a missing extra; check the allocation.
-
-    Raises:
-        FistaPrunerError: names the source.
-        MissingExtraError: names the package and the extra.
-    """
+    """Refuse calibration text that is not there or needs a missing extra; check the allocation."""
     check_allocation(recipe)
     for source in recipe.calibration.sources.values():
         check_source(source)
@@ -141,9 +136,6 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
         source: the model's folder.
         recipe: all settings, resolved.
         dtype: precision of passes that the run has decided on before.
-
-    Raises:
-        FistaPrunerError: a low-rank part, which pruning would leave out, or operators that cannot be pruned so.
     """
     refuse_low_rank(source.folder, "prune")
     model = open_model(source, recipe, dtype=dtype)
@@ -165,10 +157,6 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
         recipe: settings.
         layout: the operators.
         model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
-
-    Raises:
-        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
-            cannot have the low-rank part.
     """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
@@ -201,10 +189,6 @@ def change_widths(
 
     Returns:
         The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
-
-    Raises:
-        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, widths that the
-            pattern does not divide, or a method that cannot choose them.
     """
     structure, fault = recipe.structure, None
     if structure.remove is None:
@@ -272,9 +256,6 @@ def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dty
         request: what to do.
         listener: receives progress.
         dtype: as for :func:`open_operators`.
-
-    Raises:
-        FistaPrunerError: bad input, named.
     """
     recipe, source = request.recipe, request.source
     refuse_overlap(source.folder, run.folder)
@@ -320,9 +301,6 @@ def settle(
 
     Returns:
         The record, and the opened model.
-
-    Raises:
-        FistaPrunerError: bad input, named, or a run that does not fit.
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = _check_inputs(run, request, listener, settled.numerics.dtype if settled else None)

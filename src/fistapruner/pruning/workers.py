@@ -76,9 +76,6 @@ def prune_layers(
         execution: executor, workers, device.
         listener: receives progress.
         inspect: receives each problem before it is solved; it makes the run serial.
-
-    Raises:
-        FistaPrunerError: bad data, or workers that cannot be had or die again and again.
     """
     executor, pruned = execution.executor, context.recipe.propagate == "pruned"
     if executor != "serial" and pruned:

@@ -367,9 +367,6 @@ def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> N
     Args:
         folder: of the written checkpoint.
         checkpoint: the input; ``names``: its weights that were changed.
-
-    Raises:
-        FistaPrunerError: names the weight.
     """
     written = Checkpoint.open(folder)
     for stack in checkpoint.stacks.values():

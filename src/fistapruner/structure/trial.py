@@ -53,10 +53,6 @@ def plan_widths(
         model, layout: the dense model, and its selected operators.
         settings: the recipe's ``structure``, with an amount to remove.
         trust_remote_code: run the checkpoint's own Python code.
-
-    Raises:
-        FistaPrunerError: what cannot be removed, or an amount that leaves or removes nothing; names the operator or the
-            amount.
     """
     remove = settings.remove
     assert remove is not None
@@ -99,9 +95,6 @@ def _config(model: LayerwiseModel, build: Build, config: Mapping[str, Any], unit
 
     Returns:
         All changes together.
-
-    Raises:
-        FistaPrunerError: no entry does that; names numbers of groups that would do.
     """
     one = next(unit for layer in units for unit in layer if (unit.kind == GROUPS) == (kind == GROUPS))
 
@@ -194,9 +187,6 @@ def _without_experts(
 
     Returns:
         The mixtures of every decoder layer with their cuts, and all changes of the config together.
-
-    Raises:
-        FistaPrunerError: no entry does that.
     """
     one = next(unit for layer in mixtures for unit in layer)
     dense = find_decoder_layers(build(config))[1]
@@ -236,11 +226,7 @@ def _with_cuts(unit: Unit, before: nn.Module, after: nn.Module) -> Unit:
 
 
 def _compare(model: LayerwiseModel, units: Units, smaller: Any) -> None:
-    """Show that cutting units gives what zeros in their place give; experts are left out in both.
-
-    Raises:
-        FistaPrunerError: it does not; names the operator or mixture.
-    """
+    """Show that cutting units gives what zeros in their place give; experts are left out in both."""
     hidden, calls = model.probe()
     buffers_to(smaller, hidden.device)
     layers = find_decoder_layers(smaller)[1]
