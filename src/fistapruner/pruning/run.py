@@ -181,13 +181,7 @@ def plan_pruning(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Bound what a run will need, and time one decoder layer, without starting the run.
-
-    Args:
-        model, allow_pickle, trust_remote_code: as for :func:`prune`.
-        recipe: all settings.
-        out: the run directory to be.
-    """
+    """Bound what a run will need, and time one decoder layer; arguments as for :func:`prune`."""
     refuse_out(folder := out_path(out))
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)

@@ -47,13 +47,7 @@ Build = Callable[[Mapping[str, Any]], Any]
 def plan_widths(
     model: LayerwiseModel, layout: Layout, settings: Structure, *, trust_remote_code: bool = False
 ) -> Widths:
-    """Find the units of a model, decide how many stay, and show that the smaller model is right.
-
-    Args:
-        model, layout: the dense model, and its selected operators.
-        settings: the recipe's ``structure``, with an amount to remove.
-        trust_remote_code: run the checkpoint's own Python code.
-    """
+    """Find the units of a model, decide how many stay, and show that the smaller model is right."""
     remove = settings.remove
     assert remove is not None
     build: Build = partial(build_changed, model.checkpoint, trust_remote_code=trust_remote_code)
@@ -88,13 +82,9 @@ def _config(model: LayerwiseModel, build: Build, config: Mapping[str, Any], unit
     """Find the change of ``config.json`` that gives the tensors of units their new shapes.
 
     Args:
-        model, build: the dense model, and what builds it.
-        config: changes that were found before, as a JSON merge patch.
+        config: changes that were found before, as a JSON merge patch; they are part of the returned change.
         units: all that are removed with these changes and the one that is looked for.
         kind: of those that it is looked for: :data:`CHANNELS` or :data:`GROUPS`.
-
-    Returns:
-        All changes together.
     """
     one = next(unit for layer in units for unit in layer if (unit.kind == GROUPS) == (kind == GROUPS))
 
