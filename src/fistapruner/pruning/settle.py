@@ -180,7 +180,7 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
 def change_widths(
     model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
 ) -> tuple[Layout, Widths | None]:
-    """Decide the widths of the result: the operators in their new shapes, and whose channels are removed."""
+    """Decide the widths of the result: the operators in new shapes, and whose channels are removed."""
     structure, fault = recipe.structure, None
     if structure.remove is None:
         return layout, None
@@ -240,7 +240,7 @@ def _losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> Iterator[s
 
 
 def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtype: str | None) -> Inputs:
-    """Check everything that can be checked before any long work; ``dtype`` is as for :func:`open_operators`."""
+    """Check everything that can be checked before any long work."""
     recipe, source = request.recipe, request.source
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
@@ -415,7 +415,7 @@ def common_fields(
     threads: int,
     lineage: Lineage | None,
 ) -> dict[str, Any]:
-    """Collect the fields of a record that runs of all verbs fill in alike; ``lineage`` is of the model that goes in."""
+    """Collect the fields of a record that runs of all verbs fill in alike."""
     source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
     facts = ModelFacts(
         source=request.model,
