@@ -162,11 +162,7 @@ def _plan(
     seeds: Sequence[int],
     settings: Mapping[str, Any],
 ) -> list[_Job]:
-    """List the rows: every method at every sparsity, seed after seed.
-
-    Raises:
-        FistaPrunerError: nothing to do, a row that is named twice, or settings that are no recipe.
-    """
+    """List the rows: every method at every sparsity, seed after seed."""
     patterns = [text.strip() for text in (sparsities.split(",") if isinstance(sparsities, str) else sparsities)]
     named = _read_methods(methods)
     jobs = [
@@ -254,11 +250,7 @@ def _refuse_other_things(folder: Path) -> None:
 
 
 def _continue(comparison: Comparison, folder: Path) -> None:
-    """Take over from an earlier comparison in ``folder`` what does not depend on its rows.
-
-    Raises:
-        FistaPrunerError: it is of another model, text or settings.
-    """
+    """Take over from an earlier comparison in ``folder`` what does not depend on its rows."""
     before = load_comparison(folder)
     for name, value in comparison.fingerprint.items():
         if before.fingerprint.get(name) != value:

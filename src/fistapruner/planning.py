@@ -152,9 +152,6 @@ def make_plan(context: LayerContext, out: Path, *, drawn: bool = False, timed: b
         out: the run directory; its disk must have the free space.
         drawn: the calibration windows are there already, so that the model generates none.
         timed: prune one layer on one batch of random tokens, for the time.
-
-    Raises:
-        FistaPrunerError: no choice fits the memory, or the disk is too small; names what does not fit and the bytes.
     """
     model, recipe, execution = context.model, context.recipe, context.recipe.execution
     device, workers = model.device, 1
@@ -397,9 +394,6 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
     Args:
         bound: what the run needs.
         workers: processes that each need it.
-
-    Raises:
-        FistaPrunerError: no choice fits; names the stage and the bytes.
     """
     execution, device = bound.recipe.execution, bound.model.device
     batch_size = execution.batch_size or windows_at_once(bound.seqlen, device)
