@@ -39,7 +39,7 @@ log = logging.getLogger("fistapruner")
 
 
 class KeptStates:
-    """Keep a model's last hidden states on the same windows in a file, so that it runs once for many others."""
+    """Keep a model's last hidden states on the same windows in a file, so that it runs only once."""
 
     def __init__(self, model: Path, file: Path) -> None:
         self.model, self._file = model, file

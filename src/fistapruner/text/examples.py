@@ -1,4 +1,4 @@
-"""Read examples with an answer and preference pairs, and write messages by the tokenizer's chat template.
+"""Read examples with an answer and preference pairs; write messages by the chat template.
 
 An example is a ``.jsonl`` line with a prompt, with messages, or of Alpaca. Only answers carry loss: completions with
 the end-of-text token behind them, or the turns of the assistant as the chat template writes them. Of Alpaca's lines
