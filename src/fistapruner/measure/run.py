@@ -266,7 +266,7 @@ def seen_texts(report: Report, data: str, *, own: bool = True) -> list[str]:
 def _add_input(
     run: RunDirectory, report: Report, found: Evaluation, listener: Listener, again: Callable[..., Evaluation]
 ) -> bool:
-    """Add to a report the figures of the model that training began with, on the windows and items of its result.
+    """Add to a report the figures of the model that training began with, on what measures its result.
 
     They are taken from the report of the run that made it, where they were measured there; else perplexity is measured
     by ``again``, which evaluates a model on the same text.
