@@ -281,7 +281,7 @@ class _Rows:
     drawn: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
 
     def row(self, job: _Job, comparison: Comparison, shared: Recipe) -> CompareRow:
-        """Make one row, which says why where it has no figures; ``comparison`` receives facts that all rows share."""
+        """Make one row, which says why where it has no figures; tell ``comparison`` what all share."""
         row = CompareRow(
             method=job.recipe.method_name,
             label=job.label,
