@@ -845,7 +845,6 @@ class Comparison(Record):
 
     Args:
         fingerprint: what all rows share, by name: model, calibration, evaluation text, settings.
-        kept: run directories in ``DIR/runs`` whose checkpoints this command or an earlier one asked to keep.
         dense: the dense model on the same tokens.
     """
 
@@ -859,7 +858,6 @@ class Comparison(Record):
     machine: Machine = Machine()
     model: ModelFacts = ModelFacts()
     fingerprint: dict[str, Any] = {}
-    kept: list[str] = []
     calibration: CalibrationFacts | None = None
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
