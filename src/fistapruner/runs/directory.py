@@ -60,8 +60,7 @@ from ..runtime.files import (
 )
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
-from ..text.pairs import Pairs
-from ..text.training import TrainingText
+from ..text.training import Pairs, TrainingText
 from .log import TIMES
 from .records import Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord

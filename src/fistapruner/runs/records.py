@@ -821,8 +821,7 @@ class CompareRow(Totals):
 class Comparison(Record):
     """``DIR/compare.json``: many methods, one protocol.
 
-    ``fingerprint`` has what all rows share, by name. ``kept`` names the folders in ``DIR/runs`` whose checkpoints a
-    command asked to keep.
+    ``fingerprint`` has what all rows share, by name: model, calibration, evaluation text, settings.
     """
 
     version: int = VERSION
@@ -835,7 +834,6 @@ class Comparison(Record):
     machine: Machine = Machine()
     model: ModelFacts = ModelFacts()
     fingerprint: dict[str, Any] = {}
-    kept: list[str] = []
     calibration: CalibrationFacts | None = None
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
