@@ -90,7 +90,7 @@ def with_name(path: Path) -> Path:
 
 
 def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
-    """Return the path of an output or a run; an empty one, which Python takes for the current folder, is refused."""
+    """Return the path of an output or a run; refuse an empty path, which Python takes for ``.``."""
     if not (text := path_text(name, out, expected)):
         raise FistaPrunerError(f"{name} '' is empty: give {expected}")
     return Path(text)

@@ -116,9 +116,9 @@ def input_run(model: str) -> RunDirectory | None:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model that a run's result goes back to: its folder, which may be gone, and its checksums then.
+    """The dense model that a run's result goes back to; its folder may be gone.
 
-    ``stamps`` is empty where no run has noted them.
+    ``stamps`` are checksums of its files, empty where no run has noted them.
     """
 
     folder: Path
