@@ -22,7 +22,7 @@ from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import A, sum_of_parts
 from ..models.operators import Group, Layout, discover
-from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.source import ModelSource, Permissions
 from ..passes.store import CPU, HiddenStates, Store, scratch_factory
 from ..passes.stream import Calls, embed, run_layer
 from ..runs.directory import PruneDirectory
@@ -47,13 +47,9 @@ class LayerContext:
     """Settings and model of a run: the same for all its decoder layers.
 
     Args:
-        model: the dense model.
         layout: the operators to prune, in the shapes that they are to have.
-        recipe: all settings, resolved.
         sparsity: pattern of every operator, by full name.
         widths: whose channels and experts are removed, and how many stay; None where all of them do.
-        calls: arguments of the decoder layers.
-        scratch: makes a temporary store from its name and shape.
     """
 
     model: LayerwiseModel
@@ -147,7 +143,6 @@ class LayerResult:
     """What is gathered of a decoder layer while it is pruned.
 
     Args:
-        entry: its part of the report.
         weights: pruned tensors by checkpoint name, in the checkpoint's orientation, rounded as it will hold them.
         rows: kept rows of the operators that lost some, by name inside the layer.
         parts: sparse and low-rank parts of the operators whose sum the layer holds, by name in checkpoint and journal.
@@ -166,12 +161,8 @@ class RunContext(LayerContext):
     Where the GPU's memory runs out, this process goes on with fewer windows at a time; the fingerprint stays.
 
     Args:
-        run: its directory.
-        fingerprint: identity of the run.
         tokens: (samples, seqlen) calibration tokens.
-        numerics: what decides the last bits.
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory.
-        permissions: what the model's files may do, as the command that opened the run says.
         warnings: sentences on memory that ran out, for the report of the layer at work.
     """
 
@@ -188,29 +179,21 @@ class RunContext(LayerContext):
     def open(
         cls,
         folder: Path,
-        device: torch.device | None = None,
-        permissions: Permissions = UNTRUSTED,
-        model: Path | None = None,
+        device: torch.device,
+        permissions: Permissions,
+        model: Path,
         opened: LayerwiseModel | None = None,
     ) -> RunContext:
         """Open a run that has been prepared.
 
-        Args:
-            folder: the run directory.
-            device: where to compute; None is the recipe's device.
-            permissions: what the model's files may do.
-            model: the dense model's folder, as this process sees it; None is the one in ``run.json``.
-            opened: the dense model, where this process has opened it before.
-
-        Raises:
-            FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
+        ``model``: the dense model's folder; ``opened``: the same, where this process has opened it before.
         """
         run = PruneDirectory(folder)
         record = run.begun_record()
         decision = record.decision
         recipe = Recipe.build(record.recipe, str(run.run_file))
         if opened is None:
-            opened = open_model(permissions.at(model or decision.folder), recipe, device, dtype=decision.numerics.dtype)
+            opened = open_model(permissions.at(model), recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:
             opened.checkpoint.orders = run.orders()
         tokens = run.tokens()

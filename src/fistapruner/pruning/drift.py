@@ -50,15 +50,10 @@ def dense_windows(
 def drift_sources(context: LayerContext, index: int, *, same: bool) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where shared or where outputs go, else the cheaper.
 
-    Args:
-        context: operators, what is removed, settings.
-        index: number of the decoder layer.
-        same: the layer's input is the dense model's.
-
-    Returns:
-        By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
-        are not among them: the dense model routes other tokens to an expert. Of a group that loses input channels it
-        is the outputs, since its inputs are others afterwards.
+    ``same``: the input of decoder layer ``index`` is the dense model's. Returns what is recorded, by number of the
+    groups whose inputs drift; nothing where the target does not depend on it. Operators of experts are not among them:
+    the dense model routes other tokens to an expert. Of a group that loses input channels the outputs are recorded,
+    since its inputs are others afterwards.
     """
     recipe, layout, groups = context.recipe, context.layout, context.layout.layers[index]
     if not recipe.dense_share:
@@ -94,12 +89,8 @@ def kept_width(group: Group, source: DriftFrom) -> int:
 class Drift:
     """What one decoder layer has in the dense model, stored until the passes of the groups that need it.
 
-    Nothing is stored, and nothing drifts, where no dense model runs beside the pruned one.
-
-    Args:
-        context: model, layout, settings.
-        index: number of the layer, which is loaded.
-        streams: hidden states in; the dense ones are perhaps of the first windows only.
+    Nothing is stored, and nothing drifts, where no dense model runs beside the pruned one. The dense hidden states of
+    ``streams`` are perhaps of the first windows only.
     """
 
     def __init__(self, context: LayerContext, index: int, streams: LayerStreams) -> None:

@@ -50,16 +50,7 @@ def prune_layer(
     inputs or outputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then
     each group gets one pass with the operators before it pruned, stopped where the group begins.
 
-    Args:
-        context: model, layout, settings.
-        index: number of the layer.
-        streams: hidden states in and out.
-        measures: what was measured on the dense model for this layer; None where the recipe needs nothing.
-        listener: receives the beginning and the end of every group.
-        inspect: receives every problem before it is solved.
-
-    Raises:
-        FistaPrunerError: NaN or infinity in weights or activations; names the operator.
+    ``measures`` is None where the recipe needs nothing that is measured on the dense model.
     """
     model, clock = context.model, Clock(context.model.device)
     result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))

@@ -31,14 +31,7 @@ from .drift import Drift
 
 
 class LayerPasses:
-    """The passes of the calibration windows through one loaded decoder layer while it is pruned.
-
-    Args:
-        context: model, layout, settings.
-        index: number of the layer.
-        streams: hidden states in and out.
-        clock: counts the time of every phase.
-    """
+    """The passes of the calibration windows through one loaded decoder layer while it is pruned."""
 
     def __init__(self, context: LayerContext, index: int, streams: LayerStreams, clock: Clock) -> None:
         self.context, self.index, self.streams, self.clock = context, index, streams, clock

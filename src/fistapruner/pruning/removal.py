@@ -30,11 +30,7 @@ from .passes import LayerPasses
 def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, result: LayerResult) -> float:
     """Remove inputs of group ``number`` and the outputs it reads; return its relative error.
 
-    Args:
-        passes: passes through the layer, which is loaded.
-        number: of the group.
-        measures: what was measured on the dense model for this layer.
-        result: receives the new tensors and the report's entries, also of the operator if it gets no zeros afterwards.
+    ``result`` receives the report's entry of the operator, too, if that gets no zeros afterwards.
     """
     context, settings = passes.context, passes.context.recipe.structure
     unit = next(unit for unit in context.units(passes.index) if unit.name == passes.groups[number][0].name)
@@ -131,12 +127,8 @@ def _cut(
     Tensors of which only places are kept are taken from the checkpoint: it may have more bits than the passes.
 
     Args:
-        passes: passes through the layer.
-        unit: the channels.
-        removal: which, and why.
         keep: (k,) kept channels in their new order.
         weight: (m, inputs of k channels) weights of the consumer; rounded on return.
-        result: receives the new tensors, the kept rows and the warnings.
 
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
@@ -173,11 +165,7 @@ def _cut(
 def remove_experts(passes: LayerPasses, unit: Unit, result: LayerResult, loaded: ExitStack) -> None:
     """Remove experts of a loaded decoder layer, until ``loaded`` is left.
 
-    Args:
-        passes: passes through the layer.
-        unit: the mixture, and how many of its experts stay.
-        result: receives the tensors that are others now, with all bits that the checkpoint has, and the report's entry.
-        loaded: holds the layer.
+    ``result`` receives the tensors that are others now, with all bits that the checkpoint has.
     """
     model, layer = passes.context.model, passes.layer
     checkpoint, stored = model.checkpoint, partial(model.source_of, passes.index)

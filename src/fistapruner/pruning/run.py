@@ -181,16 +181,7 @@ def plan_pruning(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Bound what a run will need, and time one decoder layer, without starting the run.
-
-    Args:
-        model, allow_pickle, trust_remote_code: as for :func:`prune`.
-        recipe: all settings.
-        out: the run directory to be.
-
-    Raises:
-        FistaPrunerError: bad input, or a run that would not fit.
-    """
+    """Bound what a run will need, and time one decoder layer; arguments as for :func:`prune`."""
     refuse_out(folder := out_path(out))
     check_sources(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
@@ -211,9 +202,6 @@ def _refuse_another(run: PruneDirectory, settled: PruneRecord, request: Request,
     """Refuse to go on with a run of other settings, model files, texts or workload.
 
     A finished run needs its model no more, which may be gone.
-
-    Raises:
-        FistaPrunerError: names what differs.
     """
     recipe, decided = request.recipe, settled.decision
     refuse_other_settings(run, Recipe.build(settled.recipe, str(run.run_file)).identity(), recipe.identity())

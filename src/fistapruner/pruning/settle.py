@@ -83,9 +83,7 @@ class Request:
 
     Args:
         model: as the user named it; ``source``: its folder.
-        recipe: all settings, resolved.
-        command: shell line that reproduces the run; None where there is none.
-        evaluation: the text to evaluate on after the run.
+        command: shell line that reproduces the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
     """
 
@@ -123,12 +121,7 @@ class Inputs:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuse calibration text that is not there or needs a missing extra; check the allocation.
-
-    Raises:
-        FistaPrunerError: names the source.
-        MissingExtraError: names the package and the extra.
-    """
+    """Refuse calibration text that is not there or needs a missing extra; check the allocation."""
     check_allocation(recipe)
     for source in recipe.calibration.sources.values():
         check_source(source)
@@ -137,13 +130,7 @@ def check_sources(recipe: Recipe) -> None:
 def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None) -> Inputs:
     """Open a model, and decide patterns and widths of its operators.
 
-    Args:
-        source: the model's folder.
-        recipe: all settings, resolved.
-        dtype: precision of passes that the run has decided on before.
-
-    Raises:
-        FistaPrunerError: a low-rank part, which pruning would leave out, or operators that cannot be pruned so.
+    ``dtype``: precision of passes that the run has decided on before.
     """
     refuse_low_rank(source.folder, "prune")
     model = open_model(source, recipe, dtype=dtype)
@@ -165,10 +152,6 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
         recipe: settings.
         layout: the operators.
         model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
-
-    Raises:
-        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
-            cannot have the low-rank part.
     """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
@@ -197,15 +180,7 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
 def change_widths(
     model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
 ) -> tuple[Layout, Widths | None]:
-    """Decide the widths of the result, where the recipe removes channels.
-
-    Returns:
-        The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
-
-    Raises:
-        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, widths that the
-            pattern does not divide, or a method that cannot choose them.
-    """
+    """Decide the widths of the result: the operators in new shapes, and whose channels are removed."""
     structure, fault = recipe.structure, None
     if structure.remove is None:
         return layout, None
@@ -265,17 +240,7 @@ def _losses(model: LayerwiseModel, recipe: Recipe, widths: Widths) -> Iterator[s
 
 
 def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dtype: str | None) -> Inputs:
-    """Check everything that can be checked before any long work.
-
-    Args:
-        run: the run directory.
-        request: what to do.
-        listener: receives progress.
-        dtype: as for :func:`open_operators`.
-
-    Raises:
-        FistaPrunerError: bad input, named.
-    """
+    """Check everything that can be checked before any long work."""
     recipe, source = request.recipe, request.source
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
@@ -313,16 +278,10 @@ def settle(
     """Check the input, decide what all processes of the run will use, and record it.
 
     Args:
-        run: the run directory, made.
-        request: what to do, its recipe resolved.
         before: what the run had settled, where its calibration tokens or measurements are damaged: its plan is kept.
-        listener: receives progress.
 
     Returns:
         The record, and the opened model.
-
-    Raises:
-        FistaPrunerError: bad input, named, or a run that does not fit.
     """
     recipe, settled = request.recipe, before.decision if before else None
     inputs = _check_inputs(run, request, listener, settled.numerics.dtype if settled else None)
@@ -456,15 +415,7 @@ def common_fields(
     threads: int,
     lineage: Lineage | None,
 ) -> dict[str, Any]:
-    """Collect the fields of a record that runs of all verbs fill in alike.
-
-    Args:
-        request: what a command asks.
-        inputs: checked.
-        recipe: all settings, resolved.
-        threads: CPU threads of each worker.
-        lineage: of the model that goes in; None where it has none.
-    """
+    """Collect the fields of a record that runs of all verbs fill in alike."""
     source, model, checkpoint = inputs.source, inputs.model, inputs.model.checkpoint
     facts = ModelFacts(
         source=request.model,

@@ -35,13 +35,7 @@ from ..models.source import Permissions
 from ..passes.store import HiddenStates
 from ..runs.log import Listener
 from ..runs.records import LayerEntry
-from ..runtime.devices import (
-    available_cores,
-    cpu_threads,
-    peak_memory,
-    usable_threads,
-    worker_devices,
-)
+from ..runtime.devices import available_cores, cpu_threads, peak_memory, usable_threads, worker_devices
 from ..runtime.machine import module_path, now
 from ..runtime.numerics import exact_products
 from ..settings.base import Execution
@@ -70,15 +64,7 @@ def prune_layers(
 ) -> None:
     """Prune the decoder layers in ``todo``; each layer is journaled when it is done.
 
-    Args:
-        context: the opened run.
-        todo: indices of layers that are not journaled yet.
-        execution: executor, workers, device.
-        listener: receives progress.
-        inspect: receives each problem before it is solved; it makes the run serial.
-
-    Raises:
-        FistaPrunerError: bad data, or workers that cannot be had or die again and again.
+    ``inspect``, which receives each problem before it is solved, makes the run serial.
     """
     executor, pruned = execution.executor, context.recipe.propagate == "pruned"
     if executor != "serial" and pruned:
@@ -229,13 +215,7 @@ def _file(index: int) -> str:
 def prune_one(index: int, folder: Path, device: str, permissions: Permissions, model: Path, host: str) -> str | None:
     """Prune and journal decoder layer ``index`` in a worker; return a fault of the user's input.
 
-    Args:
-        index: which layer; its dense hidden states are in the run directory.
-        folder: the run directory.
-        device: where to compute.
-        permissions: what the model's files may do.
-        model: the dense model's folder.
-        host: name of the machine that started the run.
+    The layer's dense hidden states are in ``folder``, the run directory; machine ``host`` has started the run.
     """
     try:
         context = _opened(folder, device, permissions, model)

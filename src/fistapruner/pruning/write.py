@@ -96,9 +96,6 @@ def write(
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
     Args:
-        context: the opened run.
-        times: wall time of the run so far.
-        listener: receives progress.
         earlier: report of the finished run whose checkpoint is written again: its measurements stay.
         alone: this process has pruned all layers, so that the GPU memory it took is that of the run.
     """
@@ -192,12 +189,7 @@ def _kept_claims(
 ) -> dict[str, dict[str, Any]]:
     """Return the claims of the run's input about operators that get no zeros in this run.
 
-    Zeros are counted again: a tensor may have lost channels, or be of another expert.
-
-    Args:
-        context: the run.
-        own: claims of the run.
-        changed: what the new checkpoint has in place of the input's tensors.
+    Zeros are counted again: a tensor may have lost channels, or be of another expert. ``own``: claims of the run.
     """
     model, kept = context.model, dict[str, dict[str, Any]]()
     claims, _ = recorded_claims(changed.earlier, model.checkpoint)
@@ -367,9 +359,6 @@ def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> N
     Args:
         folder: of the written checkpoint.
         checkpoint: the input; ``names``: its weights that were changed.
-
-    Raises:
-        FistaPrunerError: names the weight.
     """
     written = Checkpoint.open(folder)
     for stack in checkpoint.stacks.values():

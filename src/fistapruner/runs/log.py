@@ -66,12 +66,7 @@ class Listener:
 
 
 class Logged(Listener):
-    """Write progress to the log, and pass it on.
-
-    Args:
-        listener: receives everything.
-        after_layer: called when a decoder layer is done.
-    """
+    """Write progress to the log, and pass it on; call ``after_layer`` when a decoder layer is done."""
 
     def __init__(self, listener: Listener, after_layer: Callable[[], None] = lambda: None) -> None:
         self._listener = listener
@@ -108,11 +103,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write the log to a file inside the block.
-
-    Raises:
-        FistaPrunerError: the file is a link, or cannot be opened.
-    """
+    """Write the log to a file inside the block."""
     refuse_link(path)
     with disk_errors(path):
         handler = _LogFile(path, encoding="utf-8")
@@ -140,9 +131,6 @@ class Times:
     """Sum the seconds of this process and of those before it.
 
     The file is written after every decoder layer, so a process that is killed loses the time of its unfinished layers.
-
-    Args:
-        folder: the run directory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -243,9 +231,6 @@ def hold(folder: Path) -> Iterator[None]:
 
     The kernel drops the lock when the holder dies, so a file that nobody keeps locked is taken over. The package
     ``filelock`` empties the file before it has the lock.
-
-    Raises:
-        FistaPrunerError: another process holds it.
     """
     path = folder / LOCK
     for _ in range(TRIES):

@@ -34,12 +34,7 @@ def channel_scores(method: Literal["energy", "flap", "magnitude"], problem: Laye
     exact energy of what it adds to the outputs. ``flap`` is times the channel's variance instead (FLAP's WIFV, An et
     al. 2024, AAAI; computed exactly, while its program forgets the first batch).
 
-    Args:
-        method: ``magnitude``, ``energy`` or ``flap``.
-        problem: the layer problem; ``mean``: (n,) mean of the inputs over tokens.
-
-    Returns:
-        (n,) fp64.
+    ``mean``: (n,) mean of the inputs over tokens. Returns (n,) fp64.
     """
     norms = problem.weight.double().square().sum(0)
     if method == "magnitude":

@@ -60,12 +60,7 @@ def kept_experts(scores: Tensor, unit: Unit) -> Tensor:
 
 
 def find_experts(model: LayerwiseModel, layout: Layout, remove: Remove) -> Units:
-    """Find a model's mixtures, and decide how many experts stay; what is cut with them is found by trying.
-
-    Raises:
-        FistaPrunerError: no mixture, several sizes, one that is not selected, or an amount that leaves too few, removes
-            none, or does not fit the groups of the router.
-    """
+    """Find a model's mixtures, and decide how many experts stay; what is cut with them is found by trying."""
     mixtures = [expert_modules(layer) for layer in model.layers]
     sizes = {experts.number for found in mixtures for experts in found.values()}
     if len(sizes) != 1:

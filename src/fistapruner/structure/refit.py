@@ -172,8 +172,7 @@ class Removal:
         dense: relative error with all channels, from drift alone; None without drift.
         dropped: relative error with the channels removed, and all else as it was.
         validated: mean relative error of fits on half of the windows, on the other half, without drift; None where
-            none were fitted. ``validated_dropped``: without making up for the removed channels.
-        warnings: sentences.
+            none were fitted.
     """
 
     keep: Tensor
@@ -184,7 +183,6 @@ class Removal:
     dense: float | None
     dropped: float
     validated: float | None = None
-    validated_dropped: float | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -201,9 +199,6 @@ def remove_channels(
     """Choose ``kept`` channels of one operator, and refit its weights.
 
     Args:
-        known: the operator's inputs.
-        kept: channels to keep, fewer than all.
-        settings: how they are chosen and made up for, resolved.
         block: consecutive inputs of each channel, which stay or go together.
         importance: (m,) weights of the rows in the choice; None counts all alike.
         chosen: (kept,) places of the channels to keep, ascending, where another method has chosen them.
@@ -243,11 +238,9 @@ def remove_channels(
     if biased:
         wanted = known.target_mean if refits else problem.weight.double() @ known.mean.double()
         bias = (wanted - weight.double() @ known.mean[places].double()).float()
-    validated = validated_dropped = None
-    if tested is not None and known.halves is not None:
-        (validated_dropped,) = validation_errors(problem, known.halves, places, (1.0,))
-        if refits:
-            (validated,) = validation_errors(problem, known.halves, places, (tested,), means)
+    validated = None
+    if refits and tested is not None and known.halves is not None:
+        (validated,) = validation_errors(problem, known.halves, places, (tested,), means)
     dropped = problem.restricted(places).dense_error()
     assert dropped is not None
     return Removal(
@@ -259,7 +252,6 @@ def remove_channels(
         dense=problem.dense_error(),
         dropped=dropped,
         validated=validated,
-        validated_dropped=validated_dropped,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 

@@ -47,17 +47,7 @@ Build = Callable[[Mapping[str, Any]], Any]
 def plan_widths(
     model: LayerwiseModel, layout: Layout, settings: Structure, *, trust_remote_code: bool = False
 ) -> Widths:
-    """Find the units of a model, decide how many stay, and show that the smaller model is right.
-
-    Args:
-        model, layout: the dense model, and its selected operators.
-        settings: the recipe's ``structure``, with an amount to remove.
-        trust_remote_code: run the checkpoint's own Python code.
-
-    Raises:
-        FistaPrunerError: what cannot be removed, or an amount that leaves or removes nothing; names the operator or the
-            amount.
-    """
+    """Find the units of a model, decide how many stay, and show that the smaller model is right."""
     remove = settings.remove
     assert remove is not None
     build: Build = partial(build_changed, model.checkpoint, trust_remote_code=trust_remote_code)
@@ -92,16 +82,9 @@ def _config(model: LayerwiseModel, build: Build, config: Mapping[str, Any], unit
     """Find the change of ``config.json`` that gives the tensors of units their new shapes.
 
     Args:
-        model, build: the dense model, and what builds it.
-        config: changes that were found before, as a JSON merge patch.
+        config: changes that were found before, as a JSON merge patch; they are part of the returned change.
         units: all that are removed with these changes and the one that is looked for.
         kind: of those that it is looked for: :data:`CHANNELS` or :data:`GROUPS`.
-
-    Returns:
-        All changes together.
-
-    Raises:
-        FistaPrunerError: no entry does that; names numbers of groups that would do.
     """
     one = next(unit for layer in units for unit in layer if (unit.kind == GROUPS) == (kind == GROUPS))
 
@@ -194,9 +177,6 @@ def _without_experts(
 
     Returns:
         The mixtures of every decoder layer with their cuts, and all changes of the config together.
-
-    Raises:
-        FistaPrunerError: no entry does that.
     """
     one = next(unit for layer in mixtures for unit in layer)
     dense = find_decoder_layers(build(config))[1]
@@ -236,11 +216,7 @@ def _with_cuts(unit: Unit, before: nn.Module, after: nn.Module) -> Unit:
 
 
 def _compare(model: LayerwiseModel, units: Units, smaller: Any) -> None:
-    """Show that cutting units gives what zeros in their place give; experts are left out in both.
-
-    Raises:
-        FistaPrunerError: it does not; names the operator or mixture.
-    """
+    """Show that cutting units gives what zeros in their place give; experts are left out in both."""
     hidden, calls = model.probe()
     buffers_to(smaller, hidden.device)
     layers = find_decoder_layers(smaller)[1]

@@ -159,11 +159,7 @@ def _tensor(layer: nn.Module, name: str) -> Tensor:
 
 
 def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Units:
-    """Find the channels and groups of every decoder layer that are removed, and decide how many stay.
-
-    Raises:
-        FistaPrunerError: a layer without them, several widths, or an amount that leaves or removes nothing.
-    """
+    """Find the channels and groups of every decoder layer that are removed, and decide how many stay."""
     remove = settings.remove
     assert remove is not None
     found: list[tuple[Unit, ...]] = [()] * len(model)
@@ -319,9 +315,6 @@ def channels_kept(model: LayerwiseModel, units: Units, settings: Structure) -> d
     """Decide how many channels stay, by the number of channels before.
 
     The width of a shared expert that is a multiple of the experts' stays the same multiple: it may be several in one.
-
-    Raises:
-        FistaPrunerError: the amount removes no channel, or all of them.
     """
     remove, step = settings.remove, settings.multiple
     assert remove is not None
