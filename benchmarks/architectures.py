@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import fistapruner as fp
-from fistapruner.measure.streaming import Passes, score_windows
+from fistapruner.measure.logits import score_windows
 from fistapruner.models.build import auto_class
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -228,7 +228,7 @@ def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
     others = loaded.state_dict()
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, others[name])]
     reason = f"transformers loads {changed[0]} with other values than the file's" if changed else ""
-    sums, own = score_windows(walked, text(), Passes()).nll, own_sums(model if changed else loaded, text())
+    sums, own = score_windows(walked, text())[0], own_sums(model if changed else loaded, text())
     if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
         return DEFECT, f"log-likelihood {sums.tolist()} and not {own.tolist()}"
     if any(operator.experts for _, operator in layout.operators()):
@@ -260,7 +260,7 @@ def _write_and_load(walked: LayerwiseModel, layout: Layout, folder: Path) -> tup
         pruned[stored] = weight.masked_fill(weight.abs() < weight.abs().median(), 0)
     write_checkpoint(walked.checkpoint, folder / "pruned", pruned.get)
     again = LayerwiseModel(Checkpoint.open(folder / "pruned"), torch.device("cpu"))
-    sums = score_windows(again, text(), Passes()).nll
+    sums = score_windows(again, text())[0]
     own = own_sums(auto_class(walked.config).from_pretrained(folder / "pruned"), text())
     if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
         return DEFECT, f"written and loaded again, log-likelihood {sums.tolist()} and not {own.tolist()}"

@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fistapruner.measure.data import load_windows
-from fistapruner.measure.logits import perplexity_of
-from fistapruner.measure.streaming import Passes, score_windows
+from fistapruner.measure.logits import perplexity_of, score_windows
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.source import load_tokenizer, resolve_model
@@ -41,7 +40,6 @@ def main() -> None:
     skeleton = LayerwiseModel(Checkpoint.open(folder), device)
     windows = load_windows(arguments.data, load_tokenizer(folder), arguments.seqlen, arguments.windows)
     size = arguments.batch_size or windows_at_once(arguments.seqlen, device)
-    passes = Passes(size)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype).eval()
 
     def bare() -> None:
@@ -50,27 +48,18 @@ def main() -> None:
                 model(batch, use_cache=False).logits.sum().item()
 
     times: dict[str, list[float]] = {"bare": [], "evaluation": []}
-    sums = score_windows(skeleton, windows.tokens[:size], passes)
+    sums = score_windows(skeleton, windows.tokens[:size], batch_size=size)
     for _ in range(arguments.rounds):
         begin = time.perf_counter()
         bare()
         middle = time.perf_counter()
-        sums = score_windows(skeleton, windows.tokens, passes)
+        sums = score_windows(skeleton, windows.tokens, batch_size=size)
         times["bare"].append(middle - begin)
         times["evaluation"].append(time.perf_counter() - middle)
         print(
             f"bare {times['bare'][-1]:.2f} s, evaluation {times['evaluation'][-1]:.2f} s", file=sys.stderr, flush=True
         )
-    text = perplexity_of(
-        sums.nll,
-        sums.length,
-        data=windows.data,
-        split=windows.split,
-        seqlen=windows.seqlen,
-        dtype=str(skeleton.dtype),
-        bos=windows.bos,
-        sha256=windows.sha256,
-    )
+    text = perplexity_of(sums[0], windows, skeleton.dtype)
     print(
         json.dumps(
             {

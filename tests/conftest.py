@@ -61,7 +61,7 @@ def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
 def _short_samples() -> Iterator[None]:
     """Short continuations of the sample prompts, which take longer than the rest of an evaluation of a tiny model."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fistapruner.measure.generations.NEW_TOKENS", 3)
+        patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         yield
 
 

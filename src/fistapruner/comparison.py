@@ -5,8 +5,9 @@
         runs/NAME/                                  the run directory of a row: method, sparsity, seed
 
 Every row is a run of ``prune``, so a row that was stopped continues, and a finished one is only read. A comparison is
-the rows that are asked for now. Once a row is measured its weights are deleted, because they are as large as the model;
-those that this or an earlier command asked to keep stay. Model, texts and shared settings of a folder never change.
+the rows that are asked for now. Once a row is measured its weights are deleted, because they are as large as the
+model, unless the command asks to keep them; later commands leave those. Model, texts and shared settings of a folder
+never change.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch import Tensor
 from .errors import FistaPrunerError, MissingExtraError, out_path
 from .measure.data import Windows, check_data, load_windows
 from .measure.evaluate import evaluate
+from .measure.logits import KeptStates
 from .measure.run import publish, shared_text
-from .measure.streaming import KeptStates
 from .models.source import ModelSource, Permissions
 from .pruning.context import open_model
 from .pruning.run import prune
@@ -122,10 +123,8 @@ def compare(
         closing(KeptStates(source.folder, folder / STATES)) as states,
     ):
         if (folder / FIGURES).is_file():
-            _continue(comparison, folder)
-        kept = {*comparison.kept, *(job.name for job in jobs if keep)}
-        comparison.kept = sorted(kept)
-        rows = _Rows(str(model), source, folder, cut, measured_on, keep, kept, states, listener, command)
+            _refuse_another(comparison, folder)
+        rows = _Rows(str(model), source, folder, cut, measured_on, keep, states, listener, command)
         _write(folder, comparison)
         for number, job in enumerate(jobs, 1):
             listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
@@ -157,10 +156,7 @@ class _Job:
 
 
 def _plan(
-    methods: str | Sequence[str],
-    sparsities: str | Sequence[str],
-    seeds: Sequence[int],
-    settings: Mapping[str, Any],
+    methods: str | Sequence[str], sparsities: str | Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> list[_Job]:
     """List the rows: every method at every sparsity, seed after seed."""
     patterns = [text.strip() for text in (sparsities.split(",") if isinstance(sparsities, str) else sparsities)]
@@ -249,13 +245,12 @@ def _refuse_other_things(folder: Path) -> None:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new folder")
 
 
-def _continue(comparison: Comparison, folder: Path) -> None:
-    """Take over from an earlier comparison in ``folder`` what does not depend on its rows."""
+def _refuse_another(comparison: Comparison, folder: Path) -> None:
+    """Refuse a ``folder`` with a comparison of another model, text or settings."""
     before = load_comparison(folder)
     for name, value in comparison.fingerprint.items():
         if before.fingerprint.get(name) != value:
             raise FistaPrunerError(f"--out {folder} holds a comparison with another {name}: name another folder")
-    comparison.kept = before.kept
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
@@ -268,12 +263,9 @@ class _Rows:
     """Make the rows of a comparison.
 
     Args:
-        model: as the user named it; ``source``: its folder.
-        folder: of the comparison.
         text: windows that all rows are measured on; ``measured_on``: their hash, and the precision.
-        keep: make checkpoints that are not there any more; ``kept``: names of runs whose checkpoints stay.
+        keep: leave the checkpoints, and make those again that are not there any more.
         states: hidden states of the dense model on these windows, which therefore runs once.
-        listener, command: as for :func:`compare`.
         drawn: calibration windows that a row has drawn, and how, by their settings.
     """
 
@@ -283,20 +275,13 @@ class _Rows:
     text: Windows
     measured_on: tuple[str, str]
     keep: bool
-    kept: set[str]
     states: KeptStates
     listener: Listener
     command: str | None
     drawn: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
 
     def row(self, job: _Job, comparison: Comparison, shared: Recipe) -> CompareRow:
-        """Make one row; one without figures says why.
-
-        Args:
-            job: the row to be.
-            comparison: receives the facts that all rows share.
-            shared: the settings that all rows share.
-        """
+        """Make one row, which says why where it has no figures; tell ``comparison`` what all share."""
         row = CompareRow(
             method=job.recipe.method_name,
             label=job.label,
@@ -307,8 +292,6 @@ class _Rows:
         run = PruneDirectory(self.folder / RUNS / job.name)
         try:
             report = self._report(run, job.recipe)
-            if job.name not in self.kept:
-                run.remove_weights()
         except FistaPrunerError as error:
             row.error = str(error)
             self.listener.say(f"{job.label}: {error}")
@@ -317,13 +300,22 @@ class _Rows:
         assert measured is not None
         comparison.model, comparison.machine, comparison.dense = report.model, report.machine, measured.reference
         if report.calibration is not None:
-            self.drawn[_drawing(job.recipe)] = (
-                run.tokens(),
-                report.calibration.model_dump(mode="json"),
-            )
+            self.drawn[_drawing(job.recipe)] = run.tokens(), report.calibration.model_dump(mode="json")
             if job.recipe.calibration.model_copy(update={"seed": 0}) == shared.calibration:
                 comparison.calibration = comparison.calibration or report.calibration
-        return _filled(row, report, measured)
+        perplexity, dense = measured.perplexity, measured.reference
+        assert perplexity is not None
+        assert dense is not None
+        row = row.model_copy(update=dict(report.totals))
+        row.settings = {key: value for key, value in report.recipe.items() if key != "execution"}
+        row.perplexity, row.divergence = perplexity, measured.divergence
+        row.gap = perplexity.nll - dense.nll if math.isfinite(perplexity.nll) else None
+        row.relative_error = report.mean_error
+        if row.seconds is not None:
+            row.seconds -= row.time_split.get("calibration", 0.0)
+        if report.widths:
+            row.dense_weights = report.model.parameters
+        return row
 
     def _report(self, run: PruneDirectory, recipe: Recipe) -> Report:
         """Prune and measure, or read the report of a run that was pruned and measured so before."""
@@ -355,6 +347,8 @@ class _Rows:
             )
             report.evaluations.append(measured)
             publish(run, report, Listener())  # pruning has named the report already
+        if not self.keep:
+            run.remove_weights()
         return report
 
     def _finished(self, run: PruneDirectory, recipe: Recipe) -> Report | None:
@@ -374,20 +368,3 @@ class _Rows:
             if found.perplexity and found.reference and found.perplexity.measured_on == self.measured_on:
                 return found
         return None
-
-
-def _filled(row: CompareRow, report: Report, measured: Evaluation) -> CompareRow:
-    """Fill a row with the figures of its report and measurement."""
-    perplexity, dense = measured.perplexity, measured.reference
-    assert perplexity is not None
-    assert dense is not None
-    row = row.model_copy(update=dict(report.totals))
-    row.settings = {key: value for key, value in report.recipe.items() if key != "execution"}
-    row.perplexity, row.divergence = perplexity, measured.divergence
-    row.gap = perplexity.nll - dense.nll if math.isfinite(perplexity.nll) else None
-    row.relative_error = report.mean_error
-    if row.seconds is not None:
-        row.seconds -= row.time_split.get("calibration", 0.0)
-    if report.widths:
-        row.dense_weights = report.model.parameters
-    return row

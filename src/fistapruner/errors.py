@@ -60,11 +60,7 @@ A_TEXT = "a file or the name of a data set"
 
 
 def path_text(name: str, value: object, expected: str) -> str:
-    """Return what the argument ``name`` gives, a file, folder or data set, as text; ``~/`` is put in full.
-
-    Raises:
-        FistaPrunerError: it is neither text nor a ``Path``, or too long for the name of a file.
-    """
+    """Return what the argument ``name`` gives, a file, folder or data set, as text; ``~/`` is put in full."""
     advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
     wrong = "is None" if value is None else f"is of the class {type(value).__name__}"
     text = at_home(str(value))
@@ -94,11 +90,7 @@ def with_name(path: Path) -> Path:
 
 
 def out_path(out: object, expected: str = A_FOLDER, name: str = "out") -> Path:
-    """Return the path of an output or a run, with the home folder in place of ``~``.
-
-    Raises:
-        FistaPrunerError: it is no path, or empty, which Python takes for the current folder.
-    """
+    """Return the path of an output or a run; refuse an empty path, which Python takes for ``.``."""
     if not (text := path_text(name, out, expected)):
         raise FistaPrunerError(f"{name} '' is empty: give {expected}")
     return Path(text)
@@ -120,9 +112,7 @@ def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -
 def explain(error: Exception, settings: type[BaseModel] | None = None) -> str:
     """Describe a validation error in one line: which setting, what is wrong with it, what it was.
 
-    Args:
-        error: of pydantic, or any other.
-        settings: what was validated; an unknown setting is answered with the nearest name.
+    With ``settings``, the schema that was validated, an unknown setting is answered with the nearest name.
     """
     from pydantic import ValidationError
 

@@ -35,14 +35,7 @@ from .pruning.context import LayerContext, LayerStreams
 from .pruning.drift import dense_windows, drift_sources, kept_width
 from .pruning.layer import prune_layer
 from .pruning.workers import default_threads, local_workers
-from .runtime.devices import (
-    cpu_threads,
-    free_device_memory,
-    free_memory,
-    peak_bytes,
-    resident_memory,
-    worker_devices,
-)
+from .runtime.devices import cpu_threads, free_device_memory, free_memory, peak_bytes, resident_memory, worker_devices
 from .runtime.files import existing_folder
 from .runtime.numerics import ordered_attention, windows_at_once
 from .runtime.show import align_columns, counted, duration, size
@@ -82,12 +75,7 @@ GENERATING, MEASURING = "generating text with the whole model", "measuring the d
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that a plan may change to make a run fit.
-
-    Args:
-        batch_size: windows in one forward pass.
-        on_disk: hidden states in files instead of memory; ``on_device``: in the GPU's memory.
-    """
+    """Settings that a plan may change to make a run fit: hidden states in files, or in the GPU's memory."""
 
     batch_size: int
     on_disk: bool = False
@@ -99,10 +87,8 @@ class Plan:
     """What a run will need at most.
 
     Args:
-        choice: settings that fit.
         memory: peak bytes of main memory of one process, by stage; ``device_memory``: of a GPU, empty on a CPU.
         disk: peak bytes of the run directory.
-        workers: processes on this machine.
         notes: sentences on the model, and on settings that were changed to fit.
         seconds: to prune all layers with one process; None where it was not timed.
     """
@@ -146,10 +132,10 @@ class Plan:
 def make_plan(context: LayerContext, out: Path, *, drawn: bool = False, timed: bool = False) -> Plan:
     """Plan a run.
 
+    Of the recipe, ``execution.memory_limit`` is for all workers together, in main memory; of a GPU, all free memory may
+    be used.
+
     Args:
-        context: the model, and what is done to its operators. Of the recipe, ``execution.memory_limit`` is for all
-            workers together, in main memory; of a GPU, all free memory may be used.
-        out: the run directory; its disk must have the free space.
         drawn: the calibration windows are there already, so that the model generates none.
         timed: prune one layer on one batch of random tokens, for the time.
     """
@@ -194,9 +180,6 @@ class Bound:
     """Bound the bytes of a run where its layers are computed, in main memory beside a GPU, and on disk.
 
     The largest layer, the largest pass and the largest group count together, wherever each of them is in the model.
-
-    Args:
-        context: the model, and what is done to its operators.
     """
 
     def __init__(self, context: LayerContext) -> None:
@@ -390,10 +373,6 @@ def fit(bound: Bound, workers: int) -> tuple[Choice, tuple[str, ...]]:
 
     Hidden states stay on a GPU where that costs nothing else; then main memory holds them; then files; then fewer
     windows pass at once, down to one. Returns the choice, and a sentence on what it changes.
-
-    Args:
-        bound: what the run needs.
-        workers: processes that each need it.
     """
     execution, device = bound.recipe.execution, bound.model.device
     batch_size = execution.batch_size or windows_at_once(bound.seqlen, device)
@@ -454,13 +433,8 @@ def solve_bytes(
     """Estimate the peak bytes of solving an operator: weight, Gram, drift and all of the method chain.
 
     All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the
-    same proportions is solved, once in a process for its arguments, and its peak scaled.
-
-    Args:
-        rows: outputs of the operator; ``inputs``: n.
-        pattern: its sparsity; ``steps``: the method chain.
-        device: of the solve; on a GPU some steps are computed differently.
-        drift: the problem has drift; ``rank``: of the low-rank part beside the zeros, 0 is none.
+    same proportions is solved, once in a process for its arguments, and its peak scaled. On a GPU some steps are
+    computed differently. ``rank``: of the low-rank part beside the zeros, 0 is none.
     """
     small = min(inputs, PROBE)
     scale = inputs / small

@@ -10,14 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fistapruner.measure.logits import (
-    WindowSums,
-    divergence_of,
-    perplexity_of,
-    sum_over_tokens,
-    token_divergence,
-    token_nll,
-)
+from fistapruner.measure.data import Windows
+from fistapruner.measure.logits import divergence_of, perplexity_of, sum_over_tokens, token_figures
 from fistapruner.runtime.numerics import Budgets, mean_and_error, slices
 
 
@@ -29,19 +23,22 @@ def test_divergence_is_what_its_definition_says(seed: int, tokens: int, vocabula
     q = torch.randn(tokens, vocabulary, generator=generator) * spread
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    nll, reference_nll, kl, agree = token_divergence(p, q, targets)
+    nll, reference_nll, kl, agree = token_figures(targets, p, q)
     torch.testing.assert_close(nll.double(), -log_p.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(reference_nll.double(), -log_q.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kl.double(), (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-3, atol=1e-3)
     assert agree.tolist() == (p.argmax(-1) == q.argmax(-1)).float().tolist()
     torch.testing.assert_close(
-        token_nll(p, targets), torch.nn.functional.cross_entropy(p, targets, reduction="none"), rtol=1e-4, atol=1e-4
+        token_figures(targets, p)[0],
+        torch.nn.functional.cross_entropy(p, targets, reduction="none"),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
     logits = torch.randn(20, 30) * 5
-    _, _, kl, agree = token_divergence(logits, logits.clone(), torch.zeros(20, dtype=torch.int64))
+    _, _, kl, agree = token_figures(torch.zeros(20, dtype=torch.int64), logits, logits.clone())
     assert float(kl.max()) < 1e-5
     assert bool(agree.all())
 
@@ -51,10 +48,8 @@ def test_narrow_logits_are_reduced_in_fp32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = ((torch.randn(20, 300, generator=generator) * 5).to(dtype) for _ in range(2))
     targets = torch.randint(300, (20,), generator=generator)
-    assert torch.equal(token_nll(p, targets), token_nll(p.float(), targets))
-    for narrow, wide in zip(
-        token_divergence(p, q, targets), token_divergence(p.float(), q.float(), targets), strict=True
-    ):
+    assert torch.equal(token_figures(targets, p)[0], token_figures(targets, p.float())[0])
+    for narrow, wide in zip(token_figures(targets, p, q), token_figures(targets, p.float(), q.float()), strict=True):
         assert torch.equal(narrow, wide)
 
 
@@ -62,14 +57,14 @@ def test_rounding_makes_no_divergence_negative() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 500, generator=generator) * 5
     near = logits + 1e-6 * torch.randn(200, 500, generator=generator)
-    assert float(token_divergence(near, logits, torch.zeros(200, dtype=torch.int64))[2].min()) >= 0
+    assert float(token_figures(torch.zeros(200, dtype=torch.int64), near, logits)[2].min()) >= 0
 
 
 def test_impossible_tokens_add_nothing() -> None:
     q = torch.tensor([[0.0, 1.0, -math.inf]])
     p = torch.tensor([[0.5, 0.2, -math.inf]])
-    short = token_divergence(p[:, :2], q[:, :2], torch.tensor([0]))
-    full = token_divergence(p, q, torch.tensor([0]))
+    short = token_figures(torch.tensor([0]), p[:, :2], q[:, :2])
+    full = token_figures(torch.tensor([0]), p, q)
     for a, b in zip(full, short, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -88,10 +83,10 @@ def test_slicing_does_not_change_the_sums() -> None:
     heads = [lambda x: x @ weight.T, lambda x: x @ other.T]
 
     def both(budgets: Budgets) -> list[float]:
-        alone = sum_over_tokens([hidden], targets, heads[:1], 40, budgets)
-        return alone + sum_over_tokens([hidden, hidden], targets, heads, 40, budgets)
+        alone = sum_over_tokens([hidden], targets, heads[:1], 40, budgets).tolist()
+        return alone + sum_over_tokens([hidden, hidden], targets, heads, 40, budgets).tolist()
 
-    sums = torch.stack(token_divergence(hidden @ weight.T, hidden @ other.T, targets)).double().sum(1).tolist()
+    sums = torch.stack(token_figures(targets, hidden @ weight.T, hidden @ other.T)).double().sum(1).tolist()
     assert both(Budgets()) == pytest.approx((sums[0], *sums), rel=1e-12)
     assert both(Budgets(head=4 * 40 * 5, rows=4 * 40 * 2)) == pytest.approx((sums[0], *sums), rel=1e-5)
 
@@ -108,9 +103,9 @@ def test_records_hold_means_over_tokens_and_errors_over_windows() -> None:
     """Against the standard library; perplexity is exp of a mean, so its error is that of the mean times itself."""
     generator, length = torch.Generator().manual_seed(0), 5
     nll, reference, kl, agree = (torch.rand(7, generator=generator, dtype=torch.float64) * length for _ in range(4))
-    about = {"data": "text.txt", "split": "file", "seqlen": 6, "dtype": "float32", "bos": "", "sha256": ""}
-    single = perplexity_of(nll, length, **about)
-    found = divergence_of(WindowSums(nll, length, reference, kl, agree))
+    text = Windows(torch.zeros(7, 6), "text.txt", "file", "none")
+    single = perplexity_of(nll, text, torch.float32)
+    found = divergence_of(torch.stack([nll, reference, kl, agree]), length)
 
     def expected(sums: torch.Tensor) -> list[float]:
         means = [value / length for value in sums.tolist()]
@@ -124,4 +119,4 @@ def test_records_hold_means_over_tokens_and_errors_over_windows() -> None:
     assert [found.top1_agreement, found.top1_standard_error] == pytest.approx(expected(agree))
     difference = [found.nll_difference, found.nll_difference_standard_error]
     assert difference == pytest.approx(expected(nll - reference))
-    assert perplexity_of(nll + 1000 * length, length, **about).perplexity == math.inf
+    assert perplexity_of(nll + 1000 * length, text, torch.float32).perplexity == math.inf

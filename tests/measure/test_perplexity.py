@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.measure import streaming
+from fistapruner.measure.logits import KeptStates, score_windows, shown_name
+from fistapruner.measure.run import generate_side_by_side
 from fistapruner.measure.tasks import Tasks, task_result
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -103,7 +104,7 @@ def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch
     module = importlib.import_module("fistapruner.measure.evaluate")
     asked: list[torch.dtype | None] = []
     monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda *_, dtype, **rest: (asked.append(dtype), ())[1])
+    monkeypatch.setattr(module, "evaluate_tasks", lambda *given, **_: (asked.append(given[3]), ())[1])
     half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
@@ -217,7 +218,7 @@ def test_the_command_line_prints_what_the_figure_depends_on(
     ],
 )
 def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, name: str) -> None:
-    assert streaming.shown_name(tmp_path / folder) == name
+    assert shown_name(tmp_path / folder) == name
 
 
 def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
@@ -262,29 +263,40 @@ def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) ->
 
 
 def test_kept_states_give_the_same_figures_and_their_model_runs_once(tmp_path: Path) -> None:
-    """As reference and alone; other windows are not mixed up with them."""
+    """As reference and alone, and in another precision."""
     folders = [tiny.save("llama", tmp_path / name, seed=seed) for seed, name in enumerate(("dense", "one", "two"))]
     dense, one, two = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for folder in folders)
     tokens = torch.arange(5 * 16).remainder(dense.vocabulary).view(5, 16)
     run: list[str] = []
-
-    def passes(batch_size: int) -> streaming.Passes:
-        return streaming.Passes(batch_size, tick=lambda what, done, total: run.append(what) if done == total else None)
-
-    expected = [streaming.score_windows(model, tokens, passes(2), dense) for model in (one, two)]
+    settings: dict[str, Any] = {
+        "batch_size": 2,
+        "tick": lambda what, done, total: run.append(what) if done == total else None,
+    }
+    expected = [score_windows(model, tokens, dense, **settings) for model in (one, two)]
     run.clear()
-    kept = streaming.KeptStates(folders[0], tmp_path / "states")
-    alone = streaming.score_windows(dense, tokens, passes(2), kept=kept)
-    found = [streaming.score_windows(model, tokens, passes(2), dense, kept) for model in (one, two)]
+    kept = KeptStates(folders[0], tmp_path / "states")
+    alone = score_windows(dense, tokens, kept=kept, **settings)
+    found = [score_windows(model, tokens, dense, kept=kept, **settings) for model in (one, two)]
     assert run.count("decoder layers of dense") == 1
-    assert torch.equal(alone.nll, expected[0].reference_nll)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("nll", "reference_nll", "kl"))
-    other = streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense, kept)
-    assert torch.equal(other.kl, streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense).kl)
+    assert torch.equal(alone[0], expected[0][1])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert (tmp_path / "states").exists()
     half = LayerwiseModel(Checkpoint.open(folders[0]), torch.device("cpu"), torch.bfloat16)  # of the same folder
-    rounded = streaming.score_windows(half, tokens[:2].flip(1), passes(2), kept=kept)
-    assert torch.equal(rounded.nll, streaming.score_windows(half, tokens[:2].flip(1), passes(2)).nll)
+    rounded = score_windows(half, tokens, kept=kept, **settings)
+    assert torch.equal(rounded, score_windows(half, tokens, **settings))
     kept.close()
     assert not (tmp_path / "states").exists()
+
+
+def test_what_a_model_does_not_take_of_its_tokenizer_is_left_out(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids", "token_type_ids"]})
+    )
+    assert set(AutoTokenizer.from_pretrained(folder)("once")) == {"input_ids", "token_type_ids"}
+    models = {"dense": folder, "pruned": folder}
+    for found in generate_side_by_side(models, torch.device("cpu")):
+        assert found.dense == found.pruned
+        assert found.recovered is None
+        assert found.dense

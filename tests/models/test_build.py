@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.measure.generations import generate_side_by_side
+from fistapruner.measure.run import generate_side_by_side
 from fistapruner.models import build
 from fistapruner.models.build import load_whole, whole_bytes
 from fistapruner.models.checkpoint import Checkpoint

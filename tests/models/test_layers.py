@@ -16,7 +16,7 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.measure.streaming import Passes, score_windows
+from fistapruner.measure.logits import score_windows
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
@@ -46,7 +46,7 @@ def opened(folder: Path) -> LayerwiseModel:
 def agrees(model: LayerwiseModel, folder: Path) -> None:
     """Compare the log-likelihood of windows layer by layer with that of the model's own forward pass."""
     tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(score_windows(model, tokens, Passes()).nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+    torch.testing.assert_close(score_windows(model, tokens)[0], own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
 def own_sums(folder: Path, tokens: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def test_a_model_that_is_smaller_than_the_window_of_the_check_is_run(tmp_path: P
     padded = transformers.RobertaConfig(**{**BERT, "max_position_embeddings": 26, "pad_token_id": 1})
     model = opened(save(padded, tmp_path / "roberta"))
     assert model.max_length == 24
-    score_windows(model, torch.randint(3, 128, (1, 24)), Passes())
+    score_windows(model, torch.randint(3, 128, (1, 24)))
 
 
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import samples
 
+from fistapruner.measure.data import Windows
 from fistapruner.measure.logits import perplexity_of
 from fistapruner.reporting.facts import facts, lineage_lines, summary
 from fistapruner.reporting.measured import (
@@ -122,7 +123,7 @@ def test_a_run_that_has_just_begun_has_a_page() -> None:
 def test_infinite_figures_are_said_to_be_infinite() -> None:
     """They are null in JSON, and left out of means."""
     sums = torch.tensor([math.inf, 12.0])
-    perplexity = perplexity_of(sums, 8, data="text", split="test", seqlen=9, dtype="float32", bos="none", sha256="ab")
+    perplexity = perplexity_of(sums, Windows(torch.zeros(2, 9), "text", "test", "none"), torch.float32)
     damage = Divergence(math.inf, math.nan, 0.5, 0.1, math.inf, math.nan)
     report = samples.report(1)
     report.evaluations = [Evaluation("model", "dense", perplexity, samples.perplexity(12.0), damage)]

@@ -13,7 +13,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.measure import speed as variants
-from fistapruner.measure.generations import generate_side_by_side
+from fistapruner.measure.run import generate_side_by_side
 from fistapruner.measure.speed import Variant
 from fistapruner.pruning.workers import default_threads
 from fistapruner.runtime import devices

@@ -13,7 +13,7 @@ from torch import nn
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.measure.generations import generate_side_by_side
+from fistapruner.measure.run import generate_side_by_side
 from fistapruner.measure.speed import prompts, time_generation
 from fistapruner.models.build import load_whole
 from fistapruner.models.source import Permissions
@@ -75,9 +75,7 @@ def test_models_write_on_a_gpu(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     assert load_whole(folder, torch.device("cuda:0")).device == torch.device("cuda:0")
     models = {"dense": folder, "pruned": folder}
-    there, here = (
-        generate_side_by_side(models, torch.device(device), prompts=("once upon",)) for device in ("cuda:0", "cpu")
-    )
+    there, here = (generate_side_by_side(models, torch.device(device)) for device in ("cuda:0", "cpu"))
     assert there == here
     model = tiny.build("llama").to("cuda:0")
     assert time_generation(model, prompts(model, 1, 5, seed=0).to(model.device), 2)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.settings.train import TrainingData
-from fistapruner.text.chat import Example, read_training_file
+from fistapruner.text.examples import Example, read_training_file
 from fistapruner.text.training import pack_examples, training_text
 
 CHAT = (

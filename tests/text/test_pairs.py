@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.settings.align import PairData
-from fistapruner.text.pairs import SIDES, Pair, Pairs, pair_order, read_pairs, tokenise_pairs
+from fistapruner.text.examples import Pair, read_pairs
+from fistapruner.text.training import SIDES, Pairs, pair_order, tokenise_pairs
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -214,7 +215,7 @@ def test_equal_prompts_are_on_one_side(tmp_path: Path) -> None:
 def test_few_prompts_are_held_out_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are trained on, and the test is the same."""
     whole = {name: set(tokenised(many(200), tmp_path)[0].windows(name)) for name in SIDES}
-    monkeypatch.setattr("fistapruner.text.pairs.MAX_HELD_OUT_PROMPTS", 5)
+    monkeypatch.setattr("fistapruner.text.training.MAX_HELD_OUT_PROMPTS", 5)
     few = {name: set(tokenised(many(200), tmp_path)[0].windows(name)) for name in SIDES}
     assert few["test"] == whole["test"]
     assert len(few["held_out"]) == 2 * 5 < len(whole["held_out"])

@@ -18,7 +18,8 @@ from fistapruner.models.operators import discover
 from fistapruner.papers.mrpo import Preference, margins_of
 from fistapruner.settings.align import PairData
 from fistapruner.settings.train import RecoverRecipe
-from fistapruner.text.pairs import Pairs, read_pairs, tokenise_pairs
+from fistapruner.text.examples import read_pairs
+from fistapruner.text.training import Pairs, tokenise_pairs
 from fistapruner.training.loss import PairObjective, PairTerms, Teacher
 from fistapruner.training.masked import Trained
 

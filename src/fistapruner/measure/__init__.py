@@ -1,9 +1,9 @@
 """Measure models: quality, zeros and speed.
 
-``data`` cuts evaluation text into windows, ``streaming`` runs them through models by layers, ``logits`` reduces
-what comes out to perplexity and divergence; ``tasks`` scores zero-shot tasks with lm-eval. ``evaluate`` is all of that
-for one model, or two. ``generations`` continues prompts, ``inspection`` counts zeros and checks patterns, ``speed``
-times decoding (the verb ``bench``). ``run`` does these for a finished run and keeps the figures with it.
+``data`` cuts evaluation text into windows, ``logits`` runs them through models by layers and reduces what comes out to
+perplexity and divergence; ``tasks`` scores zero-shot tasks with lm-eval. ``evaluate`` is all of that for one model, or
+two. ``inspection`` counts zeros and checks patterns, ``speed`` times decoding (the verb ``bench``). ``run`` does these
+for a finished run, continues a few prompts, and keeps all of that with the run.
 """
 
 from ..runs.records import Divergence, Evaluation, Perplexity, TaskResult

@@ -63,10 +63,6 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
         bos: ``auto`` puts BOS in front of every window exactly if the tokenizer adds it to a text by its own setting;
             ``text`` leaves it where the tokenizer put it, once in front of the whole text, as the scripts of most
             papers do; ``none`` has no BOS; ``window`` has one in front of every window.
-
-    Raises:
-        FistaPrunerError: no such data, a text that the tokenizer cannot read or that is too short for one window, a BOS
-            that the tokenizer does not have, or a number out of range.
     """
     for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1)):
         if value is not None and (type(value) is not int or value < least):
@@ -120,21 +116,12 @@ def read_text(data: str) -> tuple[str, str, int | None]:
 
 
 def check_data(data: str) -> None:
-    """Refuse evaluation text that is neither a known name nor a text file, or needs a missing extra.
-
-    Raises:
-        FistaPrunerError: names the text and the known ones.
-        MissingExtraError: a data set or a Parquet file needs the extra ``data``.
-    """
+    """Refuse evaluation text that is neither a known name nor a text file, or needs a missing extra."""
     check_source(data, "data", (*DATA_SETS, PYTHON))
 
 
 def evaluation_documents(data: str) -> list[str]:
-    """Read the documents of a data set or file for evaluation; a data set with a protocol is one document.
-
-    Raises:
-        FistaPrunerError: no such data, or it cannot be read.
-    """
+    """Read the documents of a data set or file for evaluation; a data set with a protocol is one document."""
     check_data(data)
     if Path(data).is_file():
         return read_documents(data)

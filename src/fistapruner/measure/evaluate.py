@@ -1,12 +1,12 @@
-"""Measure perplexity, divergence from the dense model and zero-shot tasks: ``fistapruner.evaluate``."""
+"""Measure a model: perplexity, divergence from the dense model and zero-shot tasks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,13 +31,12 @@ from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.records import Evaluation
 from ..runtime.devices import choose_device, threads_within_quota
-from ..runtime.numerics import DTYPES, dtype_name, pass_dtype, undisturbed
+from ..runtime.numerics import DTYPES, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
 from ..settings.parse import parse_bytes
 from ..text.windows import window_length
 from .data import Windows, check_data, load_windows
-from .logits import divergence_of, perplexity_of
-from .streaming import KeptStates, Passes, score_windows
+from .logits import KeptStates, divergence_of, perplexity_of, score_windows
 from .tasks import evaluate_tasks, find_tasks
 
 Names = Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
@@ -77,14 +76,10 @@ class Asked(BaseModel):
             raise ValueError(
                 "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
             )
-        cuts = isinstance(self.data, str)
-        needed = {
-            "seqlen": ("text to cut", cuts),
-            "windows": ("text to cut", cuts),
-            "limit": ("task", self.scores_tasks),
-        }
-        for name, (what, there) in needed.items():
-            if (value := getattr(self, name)) is not None and not there:
+        unused = [] if isinstance(self.data, str) else [("seqlen", "text to cut"), ("windows", "text to cut")]
+        unused += [] if self.scores_tasks else [("limit", "task")]
+        for name, what in unused:
+            if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} {value} has no effect, because no {what} is given: leave it out")
         return self
 
@@ -113,10 +108,6 @@ def evaluate(
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
         kept: hidden states of one of the models on this text, from earlier evaluations.
         **settings: the other fields of :class:`Asked`.
-
-    Raises:
-        FistaPrunerError: bad input, named before any long work.
-        MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     against = None if against is None else path_text("against", against, A_MODEL)
     data = str(data) if isinstance(data, Path) else data
@@ -130,81 +121,52 @@ def evaluate(
     place = choose_device(asked.device)
     known = find_tasks(asked.tasks, asked.tasks_dir) if asked.scores_tasks else None
     permissions = Permissions(asked.allow_pickle, asked.trust_remote_code)
-    found = Evaluation(model=str(model), against=against, device=str(place))
     with ExitStack() as scratch:
         folders = [permissions.find(each).folder for each in (model, against) if each is not None]
         sources = [permissions.at(scratch.enter_context(unpacked(folder, tick))) for folder in folders]
         checkpoints = [each.checkpoint() for each in sources]  # transformers would read the weights, whatever they are
-        passes = DTYPES.get(asked.dtype) or reduce(
-            torch.promote_types, (pass_dtype(each.dtype, place) for each in checkpoints)
-        )
+        stored = (pass_dtype(each.dtype, place) for each in checkpoints)
+        dtype = DTYPES.get(asked.dtype) or reduce(torch.promote_types, stored)
         low_rank = [LowRankAdapter.beside(each.folder) for each in sources]
+        found = Evaluation(str(model), against, device=str(place))
         if low_rank[0] is not None:
             found = replace(found, low_rank=low_rank[0].weights)
         if known is not None:
             for checkpoint in checkpoints if asked.memory_limit is not None else ():
-                nbytes, option = int(whole_bytes(checkpoint, passes) / ROOM), f"--tasks on {checkpoint.folder}"
+                nbytes, option = int(whole_bytes(checkpoint, dtype) / ROOM), f"--tasks on {checkpoint.folder}"
                 require_whole(nbytes, torch.device("cpu"), asked.memory_limit, option, "leave it out")
             if (warning := trained_on(lineage_of(sources[0].folder))) is not None:
                 found = replace(found, warnings=(warning,))
         if asked.data is not None:
             # Before the tokenizer, which a folder that is no model lacks too.
             opened = [
-                LayerwiseModel(each, place, passes, trust_remote_code=asked.trust_remote_code) for each in checkpoints
+                LayerwiseModel(each, place, dtype, trust_remote_code=asked.trust_remote_code) for each in checkpoints
             ]
-            for layerwise, part in zip(opened, low_rank, strict=True):
-                layerwise.low_rank = part
             tokenizers = [each.tokenizer() for each in sources]
-            _check_same_tokens(opened, tokenizers)
+            words = [each.get_vocab() for each in tokenizers]
+            if opened[0].vocabulary != opened[-1].vocabulary or words[0] != words[-1]:
+                raise FistaPrunerError(
+                    f"{' and '.join(str(each.checkpoint.folder) for each in opened)} do not share a vocabulary "
+                    f"({opened[0].vocabulary} and {opened[-1].vocabulary} tokens): only a model and what was made of "
+                    "it can be compared"
+                )
             cut = asked.data
             if isinstance(cut, str):
                 length = window_length(asked.seqlen, opened[0])
                 cut = load_windows(cut, tokenizers[0], length, asked.windows, asked.bos)
-            found = _with_text(found, cut, opened, Passes(asked.batch_size, asked.memory_limit, tick), kept)
+            for layerwise, part in zip(opened, low_rank, strict=True):
+                layerwise.low_rank = part
+            limits = asked.model_dump(include={"batch_size", "memory_limit"})
+            sums = score_windows(opened[0], cut.tokens, *opened[1:], **limits, kept=kept, tick=tick)
+            found = replace(found, perplexity=perplexity_of(sums[0], cut, dtype))
+            if opened[1:]:
+                divergence = divergence_of(sums, cut.seqlen - 1)
+                found = replace(found, reference=perplexity_of(sums[1], cut, dtype), divergence=divergence)
         found = replace(found, seconds=time.perf_counter() - begin)
         if known is not None:
             if found.perplexity is not None:
                 keep(found)
-            results = evaluate_tasks(
-                [each.folder for each in sources],
-                known,
-                limit=asked.limit,
-                device=place,
-                dtype=passes,
-                batch_size=asked.batch_size,
-                trust_remote_code=asked.trust_remote_code,
-                tick=tick,
-            )
+            how = asked.model_dump(include={"limit", "batch_size", "trust_remote_code"})
+            results = evaluate_tasks([each.folder for each in sources], known, place, dtype, tick=tick, **how)
             found = replace(found, tasks=results, seconds=time.perf_counter() - begin)
     return found
-
-
-def _with_text(
-    found: Evaluation, cut: Windows, models: list[LayerwiseModel], passes: Passes, kept: KeptStates | None
-) -> Evaluation:
-    """Add perplexity on windows to an evaluation; with a second model its own, and the divergence from it."""
-    sums = score_windows(models[0], cut.tokens, passes, models[1] if models[1:] else None, kept)
-    about = partial(
-        perplexity_of,
-        length=sums.length,
-        data=cut.data,
-        split=cut.split,
-        seqlen=cut.seqlen,
-        bos=cut.bos,
-        sha256=cut.sha256,
-        dtype=dtype_name(models[0].dtype),
-    )
-    found = replace(found, perplexity=about(sums.nll))
-    if sums.reference_nll is None:
-        return found
-    return replace(found, reference=about(sums.reference_nll), divergence=divergence_of(sums))
-
-
-def _check_same_tokens(models: Sequence[LayerwiseModel], tokenizers: Sequence[Any]) -> None:
-    """Refuse two models that do not predict the same tokens."""
-    sizes, words = [each.vocabulary for each in models], [each.get_vocab() for each in tokenizers]
-    if sizes[0] != sizes[-1] or words[0] != words[-1]:
-        raise FistaPrunerError(
-            f"{' and '.join(str(each.checkpoint.folder) for each in models)} do not share a vocabulary "
-            f"({sizes[0]} and {sizes[-1]} tokens): only a model and what was made of it can be compared"
-        )

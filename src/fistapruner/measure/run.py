@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,76 +13,71 @@ from typing import Any
 import torch
 
 from ..errors import A_MODEL, A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text
+from ..models.build import load_whole, whole_fits
 from ..models.record import lost_structure, read_pruning_record
-from ..models.source import Permissions
+from ..models.source import UNTRUSTED, Permissions
 from ..reporting.measured import speeds_text
 from ..reporting.model_card import model_card
 from ..reporting.page import write_page
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.lineage import Dense, dense_of, input_run, update_stage, write_lineage
+from ..runs.lineage import dense_of, input_run, update_stage, write_lineage
 from ..runs.log import Listener, hold
 from ..runs.records import DONE, Evaluation, Generation, Report, is_run, load_run
 from ..runs.settled import EvaluationRequest, absolute, changed_files
-from ..runtime.devices import choose_device
+from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
-from ..runtime.show import shell_line
+from ..runtime.show import Tick, shell_line, silent
 from ..settings.base import Execution
 from ..text.sources import document_hash, source_documents
 from ..text.training import training_documents
 from .data import Windows, evaluation_documents, load_windows
 from .evaluate import evaluate as run_evaluation
-from .generations import generate_side_by_side
 from .speed import Speed, kernel_name
 from .speed import bench as bench_forms
 
+PROMPTS = (
+    "The capital of France is",
+    "To make a good cup of tea, first",
+    "def fibonacci(n):",
+)
 
-@dataclass(frozen=True)
-class Compared:
-    """The models that the result of a run is compared with.
+NEW_TOKENS = 32
+"""Tokens that continue a prompt."""
 
-    Args:
-        dense: the dense model, whose folder may be gone; None where it is not known.
-        before: folder of the pruned model that a run that trains began with; None for a pruning run.
-    """
 
-    dense: Dense | None
-    before: Path | None
+def _dense_folder(run: RunDirectory) -> Path | None:
+    """Return the folder of the dense model; None where it is not known, or gone."""
+    dense = dense_of(run)
+    return dense.folder if dense is not None and dense.folder.exists() else None
 
-    @classmethod
-    def of(cls, run: RunDirectory) -> Compared:
-        """Find them in what the run has decided."""
-        record = run.record()
-        before = None if record is None or record.kind == "prune" else record.decision.folder
-        return cls(dense_of(run), before)
 
-    @property
-    def folder(self) -> Path | None:
-        """Folder of the dense model; None where it is gone."""
-        return self.dense.folder if self.dense is not None and self.dense.folder.exists() else None
+def _before(run: RunDirectory) -> Path | None:
+    """Return the folder of the pruned model that a run that trains began with; None for a pruning run."""
+    record = run.record()
+    return None if record is None or record.kind == "prune" else record.decision.folder
 
-    @property
-    def gone(self) -> str:
-        """Say why there is no dense model."""
-        return f"is not at {self.dense.folder}" if self.dense is not None else "is not known"
 
-    def reference(self, run: Path, permissions: Permissions, named: str | None = None) -> str | Path:
-        """Return the dense model, where a user has named it or where it was.
+def _missing(run: RunDirectory) -> str:
+    """Say why there is no dense model."""
+    dense = dense_of(run)
+    return "is not known" if dense is None else f"is not at {dense.folder}"
 
-        Raises:
-            FistaPrunerError: it is not there, or has other files than the run began with.
-        """
-        model = named or self.folder
-        if model is None:
-            raise FistaPrunerError(f"{run}: the model it was made from {self.gone}: say where it is with --against")
-        noted = self.dense.stamps if self.dense is not None else ()
-        if noted and (why := changed_files(noted, permissions.find(model))):
-            other = shell_line("evaluate", run / "model", "--against", model)
-            raise FistaPrunerError(
-                f"{why} since {run} began: name its dense model with --against, or compare with another by '{other}'"
-            )
-        return model
+
+def _reference(run: RunDirectory, permissions: Permissions, named: str | None = None) -> str | Path:
+    """Return the dense model, where a user has named it or where it was; one with other files is refused."""
+    dense, model = dense_of(run), named or _dense_folder(run)
+    if model is None:
+        raise FistaPrunerError(
+            f"{run.folder}: the model it was made from {_missing(run)}: say where it is with --against"
+        )
+    if dense is not None and dense.stamps and (why := changed_files(dense.stamps, permissions.find(model))):
+        other = shell_line("evaluate", run.model, "--against", model)
+        raise FistaPrunerError(
+            f"{why} since {run.folder} began: name its dense model with --against, or compare with another by '{other}'"
+        )
+    return model
 
 
 def measure(
@@ -105,18 +100,15 @@ def measure(
         execution: names the device and the most memory; a run may end on another machine than it began on.
         permissions: what the models' files may do.
         listener: receives progress.
-
-    Raises:
-        FistaPrunerError: the text cannot be read.
     """
     if request is not None:
-        compared, begin = Compared.of(run), time.perf_counter()
-        if _evaluated(run, report, request, compared, execution, permissions, listener):
+        begin = time.perf_counter()
+        if _evaluated(run, report, request, execution, permissions, listener):
             report.totals.time_split["evaluation"] = time.perf_counter() - begin
             run.write_report(report)
         if not report.generations:
             begin = time.perf_counter()
-            report.generations = _samples(run, compared, execution, permissions, listener)
+            report.generations = _samples(run, execution, permissions, listener)
             report.totals.time_split["samples"] = time.perf_counter() - begin
     publish(run, report, listener)
     return report
@@ -126,16 +118,16 @@ def _evaluated(
     run: RunDirectory,
     report: Report,
     request: EvaluationRequest,
-    compared: Compared,
     execution: Execution,
     permissions: Permissions,
     listener: Listener,
 ) -> bool:
     """Measure what the report does not have, for :func:`measure`; return whether there was anything."""
     assert report.calibration is not None
-    if compared.folder is None and not any(found.reference for found in report.evaluations):
+    dense = _dense_folder(run)
+    if dense is None and not any(found.reference for found in report.evaluations):
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
-        listener.say(f"no figures of the dense model, which {compared.gone}: '{add}' adds them")
+        listener.say(f"no figures of the dense model, which {_missing(run)}: '{add}' adds them")
     settled = run.begun_record().decision.evaluation
     own = settled is None or settled.data != request.data  # else it was compared before the long work
     for warning in seen_texts(report, request.data, own=own):
@@ -154,31 +146,65 @@ def _evaluated(
     )
     texts = [one for one in report.evaluations if one.perplexity and one.perplexity.text_sha256 == cut.sha256]
     if not texts:
-        both = "dense and the " if compared.folder else ""
+        both = "dense and the " if dense else ""
         listener.say(f"evaluating the {both}{DONE[report.kind]} model on {request.data}")
-        report.evaluations = put_in_place(report.evaluations, again(run.model, against=compared.folder))
+        report.evaluations = put_in_place(report.evaluations, again(run.model, against=dense))
         run.write_report(report)
     found = texts[0] if texts else report.evaluations[-1]
-    return _add_input(report, compared, found, listener, again) or not texts
+    return _add_input(run, report, found, listener, again) or not texts
 
 
-def _samples(
-    run: RunDirectory, compared: Compared, execution: Execution, permissions: Permissions, listener: Listener
-) -> list[Generation]:
+def _samples(run: RunDirectory, execution: Execution, permissions: Permissions, listener: Listener) -> list[Generation]:
     """Continue a few prompts with the dense model, the run's result, and the model before training."""
-    models = {"dense": compared.folder, "pruned": compared.before or run.model}
-    models |= {} if compared.before is None else {"recovered": run.model}
+    before = _before(run)
+    models = {"dense": _dense_folder(run), "pruned": before or run.model}
+    models |= {} if before is None else {"recovered": run.model}
+    there = {name: folder for name, folder in models.items() if folder is not None and folder.exists()}
     try:
-        return generate_side_by_side(
-            {name: folder for name, folder in models.items() if folder is not None and folder.exists()},
-            choose_device(execution.device),
-            memory_limit=execution.memory_limit,
-            tick=listener.tick,
-            **permissions.keywords(),
-        )
+        device = choose_device(execution.device)
+        return generate_side_by_side(there, device, execution.memory_limit, permissions, listener.tick)
     except Exception as error:  # of the models' own code: an example is no figure
         listener.say(f"no examples: {type(error).__name__}: {one_line(error)}")
         return []
+
+
+@threads_within_quota()
+def generate_side_by_side(
+    models: Mapping[str, Path],
+    device: torch.device,
+    memory_limit: int | None = None,
+    permissions: Permissions = UNTRUSTED,
+    tick: Tick = silent,
+) -> list[Generation]:
+    """Continue :data:`PROMPTS` greedily with every model, each loaded whole, one after the other.
+
+    Nothing is generated where one of them would not fit into three quarters of the free memory.
+
+    Args:
+        models: Hugging Face folders, by the field of :class:`Generation` that they fill.
+        device: where the models run.
+        memory_limit: bytes of main memory that the process may use; None is the free memory.
+        permissions: what the models' files may do.
+        tick: receives what is done, and how many models of how many have done it.
+    """
+    sources = {name: permissions.at(folder) for name, folder in models.items()}
+    if not all(whole_fits(source.checkpoint(), device, memory_limit) for source in sources.values()):
+        return []
+    found = [Generation(prompt=prompt) for prompt in PROMPTS]
+    for number, (name, source) in enumerate(sources.items()):
+        tick("models that have continued the sample prompts", number, len(models))
+        tokenizer = source.tokenizer()
+        model = load_whole(source.folder, device, trust_remote_code=source.trust_remote_code)
+        for each in found:
+            ids = tokenizer(each.prompt, return_tensors="pt", return_attention_mask=True).to(device)
+            # A tokenizer may return more, such as token_type_ids, which generate() refuses.
+            given = {key: ids[key] for key in ("input_ids", "attention_mask")}
+            end = tokenizer.eos_token_id
+            with torch.no_grad():
+                out = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=end)
+            text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            setattr(each, name, str(text))
+    return found
 
 
 def add_warning(report: Report, sentence: str, listener: Listener) -> None:
@@ -238,34 +264,28 @@ def seen_texts(report: Report, data: str, *, own: bool = True) -> list[str]:
 
 
 def _add_input(
-    report: Report, compared: Compared, found: Evaluation, listener: Listener, again: Callable[..., Evaluation]
+    run: RunDirectory, report: Report, found: Evaluation, listener: Listener, again: Callable[..., Evaluation]
 ) -> bool:
-    """Add the figures of the model that training began with, on the windows and items of its result.
+    """Add to a report the figures of the model that training began with, on what measures its result.
 
-    They are taken from the report of the run that made it, where they were measured there; else perplexity is measured.
-
-    Args:
-        report: receives them.
-        compared: the models.
-        found: the figures of the result.
-        listener: receives progress.
-        again: evaluates a model on the same text.
+    They are taken from the report of the run that made it, where they were measured there; else perplexity is measured
+    by ``again``, which evaluates a model on the same text.
 
     Returns:
         Whether the report has changed.
     """
-    if report.recovery is None or compared.before is None:
+    if report.recovery is None or (folder := _before(run)) is None:
         return False
     wanted, before = _measured_on(found), report.recovery.before
-    for each in _of_input(report, compared.before):
+    for each in _of_input(report, folder):
         for part in _parts(each).values():
             before = put_in_place(before, part) if _measured_on(part) <= wanted else before
     if found.perplexity is not None and not any(found.perplexity.measured_on in _measured_on(one) for one in before):
-        if compared.before.exists():
+        if folder.exists():
             listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
-            before = put_in_place(before, again(compared.before, against=found.against))
+            before = put_in_place(before, again(folder, against=found.against))
         else:
-            listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")
+            listener.say(f"no figures of the model before {report.training}, which is not at {folder}")
     changed = before != report.recovery.before
     report.recovery.before = before
     return changed
@@ -341,8 +361,7 @@ def evaluate(
     permissions = Permissions(settings.get("allow_pickle", False), settings.get("trust_remote_code", False))
     with hold(Path(model)):
         run, report = finished_run(Path(model))
-        compared = Compared.of(run)
-        against = compared.reference(Path(model), permissions, named)
+        against = _reference(run, permissions, named)
         listener.tick("opening and checking the models", 0, 1)
         shared = [] if data is None else seen_texts(report, data)
         text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
@@ -351,7 +370,7 @@ def evaluate(
             for warning in (*shared, *found.warnings):
                 add_warning(report, warning, listener)
             report.evaluations = put_in_place(report.evaluations, replace(found, warnings=(*shared, *found.warnings)))
-            _add_input(report, compared, found, listener, partial(run_evaluation, data=data, **text))
+            _add_input(run, report, found, listener, partial(run_evaluation, data=data, **text))
             publish(run, report, listener)
 
         found = run_evaluation(run.model, data, against=against, keep=keep_with_run, **settings)
@@ -394,7 +413,7 @@ def bench(model: str | Path, *, listener: Listener | None = None, **settings: An
         (run, report), before = finished_run(Path(model)), None
         if lost_structure(read_pruning_record(run.model)):
             try:
-                before = Compared.of(run).reference(run.folder, Permissions(settings.get("allow_pickle", False)))
+                before = _reference(run, Permissions(settings.get("allow_pickle", False)))
             except FistaPrunerError as error:
                 listener.say(f"the dense model is not measured: {error}")
         found = Speeds(bench_forms(run.model, before=before, tick=listener.tick, **settings))

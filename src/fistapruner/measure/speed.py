@@ -114,9 +114,6 @@ def bench(
         tick: called with progress: (what, steps done, steps in all).
         allow_pickle: read legacy ``.bin`` weights.
         **setting: ``batch``, ``prompt``, ``tokens``, ``runs`` and ``threads``, as for :func:`compare`.
-
-    Raises:
-        FistaPrunerError: a number that is too small, no model, or a form that cannot be run.
     """
     for name, value in setting.items():
         least = 2 if name == "tokens" else 1

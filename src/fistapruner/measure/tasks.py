@@ -24,8 +24,7 @@ from ..passes.store import CPU
 from ..runs.records import TaskResult
 from ..runtime.numerics import dtype_name, mean_and_error
 from ..runtime.show import Tick, silent
-from .logits import mcnemar
-from .streaming import shown_name
+from .logits import mcnemar, shown_name
 
 METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
@@ -46,10 +45,6 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     Args:
         tasks: names of ``lm-eval``, or of the tasks in ``tasks_dir``; without names all tasks of ``tasks_dir``.
         tasks_dir: folder of ``.yaml`` files that define tasks.
-
-    Raises:
-        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, or items that cannot be loaded.
-        MissingExtraError: the extra ``eval`` is not installed.
     """
     if tasks_dir is not None and not any(tasks_dir.glob("**/*.yaml")):
         raise FistaPrunerError(f"--tasks-dir {tasks_dir} has no .yaml file: write each task as lm-eval defines tasks")
@@ -78,10 +73,10 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
 def evaluate_tasks(
     folders: Sequence[Path],
     tasks: Tasks,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     *,
     limit: int | None = None,
-    device: torch.device = CPU,
-    dtype: torch.dtype | None = None,
     batch_size: int | None = None,
     trust_remote_code: bool = False,
     tick: Tick = silent,
@@ -91,12 +86,9 @@ def evaluate_tasks(
     Args:
         folders: of the model, and perhaps of the dense one.
         tasks: of :func:`find_tasks`.
-        limit: take only the first items of each task.
         device, dtype, batch_size, trust_remote_code: how the models are run.
+        limit: take only the first items of each task.
         tick: called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
-
-    Raises:
-        FistaPrunerError: ``lm-eval`` fails, as on items it cannot ask.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -125,7 +117,7 @@ def evaluate_tasks(
             shots=int(found[0]["n-shot"].get(task) or 0),
             source=tasks.source,
             available=int(found[0]["n-samples"][task]["original"]),
-            dtype=None if dtype is None else dtype_name(dtype),
+            dtype=dtype_name(dtype),
             items_sha256=_items_sha256(found[0]["samples"][task]),
         )
         for (task, metric), items in scores[0].items()

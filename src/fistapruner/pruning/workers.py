@@ -35,13 +35,7 @@ from ..models.source import Permissions
 from ..passes.store import HiddenStates
 from ..runs.log import Listener
 from ..runs.records import LayerEntry
-from ..runtime.devices import (
-    available_cores,
-    cpu_threads,
-    peak_memory,
-    usable_threads,
-    worker_devices,
-)
+from ..runtime.devices import available_cores, cpu_threads, peak_memory, usable_threads, worker_devices
 from ..runtime.machine import module_path, now
 from ..runtime.numerics import exact_products
 from ..settings.base import Execution

@@ -60,8 +60,7 @@ from ..runtime.files import (
 )
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
-from ..text.pairs import Pairs
-from ..text.training import TrainingText
+from ..text.training import Pairs, TrainingText
 from .log import TIMES
 from .records import Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord
@@ -97,9 +96,6 @@ def refuse_out(out: Path) -> None:
 
 class RunDirectory(Generic[R_co]):
     """Paths and records of one run, whichever verb made it.
-
-    Args:
-        folder: the run directory.
 
     Attributes:
         verb: whose runs they are; None takes those of all.
@@ -137,9 +133,8 @@ class RunDirectory(Generic[R_co]):
         others = [path.name for path in entries(self.folder) if not re.fullmatch(ours, path.name)]
         if others:
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
-            raise FistaPrunerError(
-                f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
-            )
+            said = f"is a folder with other things in it ({shown}); name a new folder"
+            raise FistaPrunerError(f"--out {self.folder} {said}")
 
     @contextmanager
     def created(self) -> Iterator[None]:
@@ -163,11 +158,7 @@ class RunDirectory(Generic[R_co]):
     # --- what was decided, and the report
 
     def record(self) -> R_co | None:
-        """Read ``run.json``; None where there is none yet.
-
-        Raises:
-            FistaPrunerError: it is of a run of another verb or of another release, damaged, or cannot be read.
-        """
+        """Read ``run.json``; None where there is none yet."""
         if not self.run_file.exists():
             return None
         content, fault = {}, ""
@@ -273,10 +264,8 @@ class RunDirectory(Generic[R_co]):
         own = {*record["files"], CARD} if record else set()
         if others := sorted(self._model_names() - own):
             lost = "" if record else " as far as is known: its model.json is gone"
-            raise FistaPrunerError(
-                f"{self.model / others[0]} was not written by this run{lost}: move it away, and run the same "
-                "command again"
-            )
+            advice = "move it away, and run the same command again"
+            raise FistaPrunerError(f"{self.model / others[0]} was not written by this run{lost}: {advice}")
 
     def remove_model(self) -> None:
         """Remove the checkpoint, or what a killed attempt has left of it, unless it holds files of others.
@@ -346,11 +335,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         return None
 
     def write_metrics(
-        self,
-        metrics: Sequence[Tensor],
-        importance: Mapping[str, Tensor],
-        orders: Orders,
-        scores: Mapping[str, Tensor],
+        self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders, scores: Mapping[str, Tensor]
     ) -> None:
         """Store what was measured on the dense model, as far as the recipe needs it.
 
@@ -430,11 +415,7 @@ class AlignDirectory(TrainingDirectory):
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
-    """Open a run and its report.
-
-    Raises:
-        FistaPrunerError: it is not finished, or its checkpoint is damaged.
-    """
+    """Open a finished run and its report; refuse an unfinished run and a damaged checkpoint."""
     run, report = RunDirectory(folder), load_run(folder)
     fault, to_do = f"{folder} has no finished checkpoint", "go on"
     if report.status == "finished" and run.model.is_dir():
@@ -445,9 +426,5 @@ def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """Return the checkpoint of a run directory; any other path as it is.
-
-    Raises:
-        FistaPrunerError: the run is not finished, or its checkpoint is damaged.
-    """
+    """Return the checkpoint of a run directory, as :func:`finished_run` does; any other path as it is."""
     return finished_run(Path(path))[0].model if is_run(path) else Path(path)

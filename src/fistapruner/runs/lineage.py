@@ -116,11 +116,9 @@ def input_run(model: str) -> RunDirectory | None:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model that a run's result goes back to.
+    """The dense model that a run's result goes back to; its folder may be gone.
 
-    Args:
-        folder: where it was, which may be gone.
-        stamps: checksums of its config and weight files then; empty where no run has noted them.
+    ``stamps`` are checksums of its files, empty where no run has noted them.
     """
 
     folder: Path

@@ -108,11 +108,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write the log to a file inside the block.
-
-    Raises:
-        FistaPrunerError: the file is a link, or cannot be opened.
-    """
+    """Write the log to a file inside the block."""
     refuse_link(path)
     with disk_errors(path):
         handler = _LogFile(path, encoding="utf-8")
@@ -140,9 +136,6 @@ class Times:
     """Sum the seconds of this process and of those before it.
 
     The file is written after every decoder layer, so a process that is killed loses the time of its unfinished layers.
-
-    Args:
-        folder: the run directory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -243,9 +236,6 @@ def hold(folder: Path) -> Iterator[None]:
 
     The kernel drops the lock when the holder dies, so a file that nobody keeps locked is taken over. The package
     ``filelock`` empties the file before it has the lock.
-
-    Raises:
-        FistaPrunerError: another process holds it.
     """
     path = folder / LOCK
     for _ in range(TRIES):

@@ -161,9 +161,7 @@ def methods_label(recipe: Mapping[str, Any]) -> str:
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
     """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``, ``aligned: lora, dpo``.
 
-    Args:
-        kind: of the run; ``settings``: its recipe, resolved.
-        tokens: with loss, passed in training; None where that is not known.
+    ``settings`` is the resolved recipe, ``tokens`` the number of training tokens with loss, None where not known.
     """
     optimizer, loss, anchor = (settings.get(key) for key in ("optimizer", "loss", "anchor"))
     parts = [settings.get("parameters"), None if optimizer == "adamw" else optimizer]
@@ -179,12 +177,8 @@ def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -
 class Perplexity:
     """Perplexity of one model on one text; likelihoods are in nats a token, errors are over windows.
 
-    Args:
-        data: name of the data set or file; ``split``: its split, for a local file ``file``.
-        windows: number of non-overlapping windows; ``seqlen``: tokens in one; ``tokens``: predicted tokens.
-        bos: where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (first of every one).
-        dtype: precision of the forward pass.
-        text_sha256: hash of the windows' token ids; ``window_nlls``: mean token NLL of each, to six decimals.
+    ``bos`` says where the BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (in every window).
+    ``split`` is ``file`` for a local file; ``tokens`` counts predicted tokens; ``text_sha256`` is of the token ids.
     """
 
     data: str
@@ -229,12 +223,9 @@ class TaskResult:
 
     Args:
         metric: what ``value`` is: ``acc``, ``acc_norm``, ``exact_match``; after a comma how answers were filtered.
-        items: number of questions, of ``available`` where not all are taken; ``shots``: examples in the prompt.
-        reference: score of the reference model on the same items. Errors are over items.
+        items: number of questions, of ``available`` where not all are taken. Errors are over items.
         lost, won: items that only the reference model, or only this model, gets right; ``p_value``: exact McNemar test
             of them. None where items are not just right or wrong.
-        source: where the items came from; ``items_sha256``: hash of the items themselves.
-        dtype: precision of weights and passes.
     """
 
     task: str
@@ -302,7 +293,6 @@ class OperatorEntry(Record):
 
     Args:
         name: inside the decoder layer (``self_attn.q_proj``); ``shape``: [outputs, inputs].
-        sparsity: pattern asked for; ``zeros``: their exact number.
         relative_error: error of its outputs as a share of their energy (``f / c``), that of the sum where it has a part
             of rank ``low_rank``; ``dense_error``: of its dense weights on the same drifted inputs.
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own.
@@ -332,9 +322,8 @@ class RemovalEntry(Record):
     """Channels or experts that were removed from a decoder layer.
 
     Args:
-        unit: what was removed (``MLP channels``); ``before``, ``after``: their number.
+        unit: what was removed (``MLP channels``); ``consumer``: the operator that reads it.
         kept: of experts, the numbers in the dense model of those that stay.
-        consumer: the operator that reads the channels.
         compensate: how the remaining weights make up for them; ``shrink``: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels; ``dropped_error``: without the removed
             ones; ``relative_error``: with new weights; ``validated_error``: on tokens not fitted.
@@ -361,11 +350,8 @@ class RemovalEntry(Record):
 class LayerEntry(Record):
     """One pruned decoder layer; also the content of ``RUN/layers/NNNN.json``.
 
-    Args:
-        index: from 0; ``name``: in the checkpoint (``model.layers.0``).
-        seconds: wall seconds by phase; ``finished``: ISO time; ``peak_memory``: bytes.
-        relative_error: of the layer's output hidden states, as a share of ``relative_error_of``.
-        operators: in execution order; ``removals``: the channels that were removed.
+    ``relative_error`` is that of the output hidden states, as a share of ``relative_error_of``. Operators are in the
+    order of execution; ``seconds`` are by phase.
     """
 
     index: int
@@ -391,13 +377,10 @@ class LayerEntry(Record):
 
 
 class ModelFacts(Record):
-    """The model that was pruned.
+    """The model that was pruned, ``source`` as the user named it.
 
-    Args:
-        source: hub id, folder or file as the user named it; ``revision``: of the hub.
-        architecture: class name in ``transformers``; ``layers``: decoder layers; ``parameters``: each shared one once.
-        dtype: of the checkpoint; ``bytes``: of its weight files; ``license``: if its card states one.
-        own_code: what is loaded only with Python code of the model's own: ``model``, ``tokenizer``.
+    ``parameters`` counts a shared one once; ``own_code`` lists what needs Python code of the model's own (``model``,
+    ``tokenizer``).
     """
 
     source: str = ""
@@ -434,10 +417,8 @@ class CalibrationTask(Record):
 class CalibrationFacts(Record):
     """The calibration or training tokens that were really used.
 
-    Args:
-        source: as in the recipe, or the names of the tasks; ``how`` windows were drawn, in words.
-        samples: windows; ``seqlen``: tokens in one; ``tokens``: in all; ``sha256``: of the token ids.
-        tasks: of a mixture, the text of each task; of a recovery run, every training text.
+    ``samples`` counts windows, ``sha256`` is of the token ids. ``tasks`` has the text of each task of a mixture; of a
+    recovery run, every training text.
     """
 
     source: str
@@ -485,9 +466,8 @@ class Totals(ZeroCounts):
         model_weights: of the whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
         seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
-        checkpoint_bytes: of the weight files; ``compressed_bytes``: of the packed ones and the adapter, if measured.
-        low_rank: rank of the low-rank parts; ``low_rank_weights``: their weights, counted in no other number;
-            ``low_rank_bytes``: of ``RUN/adapter``.
+        compressed_bytes: of the packed weight files and the adapter, if measured.
+        low_rank: rank of the low-rank parts; ``low_rank_weights``: their weights, counted in no other number.
     """
 
     model_weights: int | None = None
@@ -533,8 +513,7 @@ class Recovery(Record):
         lr: the lowest and the highest first learning rate.
         trained: numbers that were trained; ``operators``: operators among them; ``tokens``: with loss that were passed.
         kept_step: the step whose weights were written; 0 is the input's own.
-        checks: in order, that of step 0 first; ``curve``: (step, training loss).
-        seconds: of steps and checks, all processes; ``last_step``: ISO time.
+        curve: (step, training loss); ``seconds``: of steps and checks, all processes.
         changed: share of the surviving weights that changed; ``change``: largest of an operator, norm over norm.
         before: the input on the texts that the result was evaluated on, against the same dense model.
     """
@@ -804,11 +783,10 @@ class CompareRow(Totals):
     """One method at one sparsity and seed, with the totals of its run.
 
     Args:
-        method: chain of solvers; ``label``: as the user wrote it; ``settings``: its recipe.
+        label: the method as the user wrote it; ``settings``: its recipe.
         seconds: of the run, without drawing the calibration windows that rows share.
         gap: ln(perplexity) - ln(dense perplexity); ``relative_error``: mean over changed operators.
         dense_weights: of the model before structure was removed; None where none was.
-        error: why this row has no figures.
     """
 
     method: str
@@ -843,10 +821,7 @@ class CompareRow(Totals):
 class Comparison(Record):
     """``DIR/compare.json``: many methods, one protocol.
 
-    Args:
-        fingerprint: what all rows share, by name: model, calibration, evaluation text, settings.
-        kept: run directories in ``DIR/runs`` whose checkpoints this command or an earlier one asked to keep.
-        dense: the dense model on the same tokens.
+    ``fingerprint`` has what all rows share, by name: model, calibration, evaluation text, settings.
     """
 
     version: int = VERSION
@@ -859,7 +834,6 @@ class Comparison(Record):
     machine: Machine = Machine()
     model: ModelFacts = ModelFacts()
     fingerprint: dict[str, Any] = {}
-    kept: list[str] = []
     calibration: CalibrationFacts | None = None
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
@@ -872,17 +846,12 @@ class Comparison(Record):
 def is_run(folder: str | Path) -> bool:
     """Whether a path is a run directory, and not a model or anything else."""
     folder = Path(path_text("folder", folder, A_FOLDER))
-    return not (folder / "config.json").exists() and any(
-        (folder / name).is_file() for name in ("run.json", "report.json")
-    )
+    records = (folder / "run.json", folder / "report.json")
+    return not (folder / "config.json").exists() and any(path.is_file() for path in records)
 
 
 def load_run(folder: Path) -> Report:
-    """Read the report of a run directory; of an unfinished run with the layers and steps that are done.
-
-    Raises:
-        FistaPrunerError: ``folder`` holds neither report nor run, or they are broken.
-    """
+    """Read the report of a run directory; of an unfinished run with the layers and steps that are done."""
     name = next((name for name in ("report.json", "run.json") if (folder / name).is_file()), None)
     if name is None:
         reason = "is not a run: it has neither report.json nor run.json" if folder.exists() else "does not exist"

@@ -105,11 +105,9 @@ class TrainingDecision(RunDecision):
 
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved.
-        checkpointing: decoder layers run twice for a gradient, which needs less memory and changes no bit.
         operators: operators that are trained, by full name, and the sparsity that the input's record claims.
         zeros: of all pruned operators of the input.
         low_rank: checksum of the low-rank part that belongs to the input; None where it has none.
-        steps: optimizer steps to take; ``windows_sha256``: of ``windows.safetensors``.
     """
 
     asked: dict[str, Any] = {}

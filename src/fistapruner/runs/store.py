@@ -17,14 +17,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.safetensors import SafetensorsFile, write_tensors
-from ..runtime.files import (
-    PARTIAL,
-    disk_errors,
-    entries,
-    read_sealed_json,
-    sha256_file,
-    write_sealed_json,
-)
+from ..runtime.files import PARTIAL, disk_errors, entries, read_sealed_json, sha256_file, write_sealed_json
 from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
@@ -40,12 +33,7 @@ LEAST_SECONDS = 900.0
 
 
 class Store:
-    """Numbered parts in a folder.
-
-    Args:
-        folder: where their files are.
-        digits: of the numbers in their names.
-    """
+    """Numbered parts in a folder; the numbers in their names have so many ``digits``."""
 
     def __init__(self, folder: Path, digits: int = 4) -> None:
         self.folder = folder

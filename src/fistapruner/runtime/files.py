@@ -152,11 +152,7 @@ def scratch_folder(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
-    """Open a file for writing that replaces ``path`` only when the block ends without an error.
-
-    Yields:
-        An open file descriptor. When the block raises, the file under ``path`` is unchanged.
-    """
+    """Open a file (a descriptor) that replaces ``path`` only when the block ends without an error."""
     temporary = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
         temporary.unlink(missing_ok=True)  # it may be a link, or another name of somebody's file

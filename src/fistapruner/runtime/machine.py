@@ -24,14 +24,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2",
 
 
 class Machine(BaseModel):
-    """The machine of a run.
-
-    Args:
-        cpu: its name; ``instructions``: those of :data:`INSTRUCTIONS` that it has.
-        cores: logical cores; ``threads``: threads used.
-        memory: bytes of main memory.
-        device: ``cpu`` or ``cuda``; ``device_name``: the GPU's name; ``device_memory``: its bytes.
-    """
+    """The machine of a run; memory is in bytes, cores are logical ones, threads are those that were used."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -2,9 +2,8 @@
 
 * :mod:`.sources` reads documents and tokenises them; evaluation uses it, too.
 * :mod:`.windows` draws the windows of a calibration; :mod:`.generate` lets the model write them.
-* :mod:`.chat` reads lines with an answer to learn, by the chat template where they are messages.
-* :mod:`.training` packs documents or examples into windows, holds documents out, and mixes several texts.
-* :mod:`.pairs` reads and tokenises preference pairs.
+* :mod:`.examples` reads lines with an answer to learn, and pairs of answers; of messages by the chat template.
+* :mod:`.training` packs documents, examples or pairs into windows, holds some out, and mixes several texts.
 
 The same source, seed and size are always the same windows. A fault in a file is named with its line.
 """

@@ -47,9 +47,6 @@ def generate_tokens(
         model, tokenizer: of transformers.
         samples, seqlen, seed: windows, tokens in each, and of the random numbers, which are drawn on the CPU.
         say: is told how many windows are done, before each batch.
-
-    Raises:
-        FistaPrunerError: the model's logits are not finite, or it cannot generate.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 

@@ -145,11 +145,7 @@ def load_documents(name: str, *, held_out: bool = False) -> list[str]:
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """Read the documents of a local file: a whole text, or the field ``text`` of lines or rows.
-
-    Raises:
-        FistaPrunerError: it cannot be read, is not UTF-8, has a broken line (its number is given), or no ``text``.
-    """
+    """Read the documents of a local file: a whole text, or the field ``text`` of lines or rows."""
     path = Path(path)
     suffix = path.suffix.lower()
     try:
@@ -168,9 +164,6 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the records of a ``.jsonl`` file, each with its place: file and line, for messages.
 
     A byte order mark before the first line is skipped. A line that is not a mapping is a record without fields.
-
-    Raises:
-        FistaPrunerError: a line that is not JSON in UTF-8, or with half of a surrogate pair; an unreadable file.
     """
     try:
         with open(path, "rb") as lines:

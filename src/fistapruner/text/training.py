@@ -1,8 +1,9 @@
-"""Make the training windows of a recovery run, and hold windows out to validate on.
+"""Make windows of training text or preference pairs, and hold windows out to validate on.
 
 Documents are held out before anything is cut, by a hash of their text: the two sides share no document, and
 documents that are added to a source move none from one side to the other. Windows of the two sides are cut apart.
-Plain documents are joined and cut; examples are never split.
+Plain documents are joined and cut; examples are never split. A pair becomes two windows, chosen and rejected, padded at
+their end to the longest of all: with a causal model what stands to the right of a token never changes its prediction.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import FistaPrunerError
 from ..models.source import padding_id
 from ..papers.mamf import Mixture, shuffled
+from ..settings.align import PairData
 from ..settings.train import TrainingData
-from .chat import Example, read_training_file
+from .examples import Example, Pair, read_training_file
 from .generate import GENERATED, generate_tokens
 from .sources import SELF, bos_of, document_hash, not_blank, passages, source_documents, token_ids
 from .windows import JOINT, text_facts
@@ -32,6 +35,17 @@ PURPOSE = "training"
 
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
+
+TASK = "pairs"
+"""Name of the one text of an alignment."""
+
+TEST = 0.1
+"""Share of the prompts that the result is measured on, and nothing else; most are trained on."""
+
+MAX_HELD_OUT_PROMPTS = 512
+"""Prompts that are held out: more would take time at every check and hardly change the choice of the step."""
+
+SIDES = ("trained", "held_out", "test")
 
 CHARACTERS_PER_TOKEN = 4
 """A source of one document is cut into passages of about one window, at this many characters a token."""
@@ -229,9 +243,6 @@ def training_text(
         load_model: loads the model that generates text; needed for the source ``self`` only.
         say: receives the progress of text generation, and what is left out, as sentences.
         windows: to train on, at most; None is as many as the asked tokens need.
-
-    Raises:
-        FistaPrunerError: an unreadable source, one too short for either side, or fewer windows than the mixture needs.
     """
     named = data.sources
     sources = [_Source(source, seqlen) for source in named.values()]
@@ -321,3 +332,115 @@ def _read(source: str) -> Sequence[str | Example]:
     if Path(source).suffix.lower() != ".jsonl" or not Path(source).is_file():
         return source_documents(source, PURPOSE)
     return not_blank(read_training_file(source), source, PURPOSE)
+
+
+# --- preference pairs
+
+
+@dataclass(frozen=True)
+class Pairs(TrainingText):
+    """Tokenised pairs: windows 2 i and 2 i + 1 are the chosen and the rejected answer of pair i."""
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """See :class:`TrainingText`: the loss of a pair stands at its chosen answer."""
+        return torch.tensor([1, 0]).repeat(len(self.tokens) // 2)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(windows,) tokens up to the last of the answer."""
+        return last_places(self.marks)
+
+
+def tokenise_pairs(
+    pairs: Sequence[Pair], data: PairData, tokenizer: Any, max_length: int, say: Callable[[str], None]
+) -> Pairs:
+    """Tokenise pairs and split them by the SHA-256 of their prompt: equal prompts are on one side.
+
+    Pairs whose prompt fills ``max_length`` are left out, and so are those whose answers add nothing to it or are equal
+    up to there; longer answers are cut at their end.
+
+    ``say`` receives how many pairs are left out or cut.
+    """
+    kept: list[tuple[Pair, int, list[int], list[int]]] = []
+    too_long = alike = cut = 0
+    for pair in pairs:
+        prompt, *answers = pair.encode(tokenizer)
+        chosen, rejected = (answer[:max_length] for answer in answers)
+        if len(prompt) >= max_length:
+            too_long += 1
+        elif min(map(len, answers)) <= max(1, len(prompt)) or chosen == rejected:  # nothing precedes the first token
+            alike += 1
+        else:
+            cut += any(len(answer) > max_length for answer in answers)
+            kept.append((pair, len(prompt), chosen, rejected))
+    for count, sentence in (
+        (too_long, f"are left out: their prompts have {max_length} tokens or more"),
+        (alike, f"are left out: their answers add no tokens, or the same ones, in the first {max_length}"),
+        (cut, f"have answers that are cut at {max_length} tokens"),
+    ):
+        if count:
+            say(f"{count} of {len(pairs)} pairs {sentence}")
+    side = torch.tensor(_sides([pair.key for pair, *_ in kept], data, too_long + alike)).repeat_interleave(2)
+    written = [torch.tensor(answer) for _, _, *both in kept for answer in both]
+    tokens = pad_sequence(written, batch_first=True, padding_value=padding_id(tokenizer))
+    starts = torch.tensor([max(1, start) for _, start, *_ in kept]).repeat_interleave(2)  # nothing precedes the first
+    places, ends = torch.arange(tokens.shape[1]), torch.tensor([len(answer) for answer in written])
+    marks = (places >= starts[:, None]) & (places < ends[:, None])
+    facts = {
+        "source": str(data.pairs),
+        "how": "preference pairs, split by the hash of the prompt",
+        "documents": len(pairs),
+        "too_long": too_long + alike,
+        "samples": len(tokens),
+    }
+    for number, name in enumerate(SIDES):
+        where = side == number
+        facts[name] = side_facts(int(where.sum()) // 2, marks[where], int(last_places(marks[where]).sum()))
+    return Pairs(
+        tokens=tokens,
+        marks=marks,
+        held_out=side == SIDES.index("held_out"),
+        task=torch.zeros(len(tokens), dtype=torch.int64),
+        tasks=(TASK,),
+        facts={**text_facts(False, {TASK: facts}, data.seed, tokens), "tasks": {TASK: facts}},
+        test=side == SIDES.index("test"),
+    )
+
+
+def last_places(marks: Tensor) -> Tensor:
+    """Return the (windows,) tokens up to the last one that is marked."""
+    return (marks * torch.arange(1, marks.shape[1] + 1)).amax(1)
+
+
+def _sides(prompts: Sequence[str], data: PairData, left_out: int) -> list[int]:
+    """Return the side of every pair, an index into :data:`SIDES`; each has at least one prompt.
+
+    Where the share to hold out has more than :data:`MAX_HELD_OUT_PROMPTS` prompts, the others are trained on.
+    """
+    hashes = sorted({document_hash(prompt) for prompt in prompts})
+    if len(hashes) < len(SIDES):
+        longer = f"; {left_out} pairs were left out: take a larger max_length" if left_out else ""
+        raise FistaPrunerError(
+            f"{data.pairs} has pairs of {len(hashes)} different prompts that fit: at least 3 are needed, to train on, "
+            f"to hold out, and to test{longer}"
+        )
+    share = [int(digest[:16], 16) / 2**64 for digest in hashes]
+    held = max(1, sum(each < data.held_out for each in share))
+    test = max(1, sum(each < data.held_out + TEST for each in share) - held)
+    held, test = min(held, len(hashes) - 2), min(test, len(hashes) - held - 1)
+    kept = min(held, MAX_HELD_OUT_PROMPTS)
+    numbers = [1] * kept + [0] * (held - kept) + [2] * test + [0] * (len(hashes) - held - test)
+    side = dict(zip(hashes, numbers, strict=True))
+    return [side[document_hash(prompt)] for prompt in prompts]
+
+
+def pair_order(pairs: Pairs, steps: int, pairs_per_step: int, seed: int) -> Tensor:
+    """Draw the pairs of every step: all training pairs once, then all again in another order.
+
+    Returns:
+        (steps, 2 * pairs_per_step) int64 numbers of windows; the answers of a pair are neighbours.
+    """
+    chosen = torch.tensor(pairs.windows("trained")[::2])
+    drawn = shuffled(chosen, steps * pairs_per_step, seed, TASK)
+    return torch.stack([drawn, drawn + 1], -1).view(steps, 2 * pairs_per_step)

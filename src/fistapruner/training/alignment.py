@@ -24,7 +24,8 @@ from ..runs.records import Alignment as Figures
 from ..runs.records import Report
 from ..runtime.numerics import mean_and_error
 from ..settings.align import PREFERENCE_LOSSES, AlignRecipe
-from ..text.pairs import Pairs, pair_order, read_pairs, tokenise_pairs
+from ..text.examples import read_pairs
+from ..text.training import Pairs, pair_order, tokenise_pairs
 from .loss import Objective, PairObjective, PairTerms
 from .masked import Trained
 from .recovery import Recovery

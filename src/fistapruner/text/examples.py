@@ -1,8 +1,9 @@
-"""Read messages and examples with an answer, and write messages by the tokenizer's chat template.
+"""Read examples with an answer and preference pairs; write messages by the chat template.
 
 An example is a ``.jsonl`` line with a prompt, with messages, or of Alpaca. Only answers carry loss: completions with
 the end-of-text token behind them, or the turns of the assistant as the chat template writes them. Of Alpaca's lines
-all tokens do, in its published template, as in the program of SPP (``train_on_inputs``).
+all tokens do, in its published template, as in the program of SPP (``train_on_inputs``). Pairs are those of TRL's
+preference type: ``chosen``, ``rejected`` and perhaps ``prompt``, each a text or a list of messages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, one_line
-from .sources import field_of, read_lines, token_ids
+from .sources import bos_of, field_of, read_lines, token_ids
 
 Message = dict[str, Any]
 """A message as chat templates read it: ``role``, ``content``, and perhaps ``tool_calls`` and others."""
@@ -89,11 +90,7 @@ class Example:
 
 
 def read_training_file(path: str | Path) -> list[str | Example]:
-    """Read a ``.jsonl`` file: documents where its lines have ``text``, else examples.
-
-    Raises:
-        FistaPrunerError: a broken line, which is named.
-    """
+    """Read a ``.jsonl`` file: documents where its lines have ``text``, else examples."""
     found: list[str | Example] = []
     first = None
     for where, record in read_lines(path):
@@ -219,3 +216,72 @@ def write_turns(
         pieces += [(before[len(done) :], False), (answer, True)]
         done = before + answer
     return pieces
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, as texts or messages; ``where`` and ``options`` as of :class:`.Example`."""
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    where: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The prompt as one string: its hash decides the side of the split."""
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(key_of(self.prompt))
+
+    def encode(self, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+        """Tokenise the prompt, the prompt with the chosen and with the rejected answer, as TRL does.
+
+        Texts begin with BOS where the tokenizer begins texts with it, and get the end-of-text token behind the answers,
+        neither of them twice; of messages the chat template writes both.
+        """
+        bos: list[int] = []
+        texts: list[str] = []
+        for answer in (None, self.chosen, self.rejected):
+            if isinstance(self.prompt, str):
+                bos, end, text = bos_of(tokenizer), tokenizer.eos_token or "", str(answer or "")
+                texts.append(self.prompt + text + ("" if answer is None or text.endswith(end) else end))
+            else:
+                messages: Any = (*self.prompt, *(answer or ()))
+                texts.append(write_chat(messages, tokenizer, self.where, self.options, prompt=answer is None))
+        prompt, chosen, rejected = (token_ids(text, tokenizer, self.where) for text in texts)
+        if bos and chosen[:1] != bos:
+            prompt, chosen, rejected = bos + prompt, bos + chosen, bos + rejected
+        return prompt, chosen, rejected
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read a file of preference pairs; without a prompt it is what both answers begin with."""
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        raise FistaPrunerError(f"pairs {str(path)!r} is not a .jsonl file that exists")
+    return [_pair(record, where) for where, record in read_lines(path)]
+
+
+def _pair(record: dict[str, Any], where: str) -> Pair:
+    """Read the pair of a line."""
+    chat = isinstance(record.get("chosen"), list)
+    read: Any = read_messages if chat else field_of
+    chosen, rejected = (read(record, name, where) for name in ("chosen", "rejected"))
+    compared = [key_of(answer) if chat else answer for answer in (chosen, rejected)]
+    if "prompt" in record:
+        prompt, found = read(record, "prompt", where), True
+    else:  # as TRL does
+        both = enumerate(zip(*compared, strict=False))
+        same = next((place for place, (a, b) in both if a != b), min(map(len, compared)))
+        same -= not chat and chosen[same - 1 : same] == " "
+        prompt, chosen, rejected, found = chosen[:same], chosen[same:], rejected[same:], same > 0
+    if chat:
+        found &= all(a and a[0]["role"] == "assistant" and says_something(a[0]) for a in (chosen, rejected))
+    elif not (chosen.strip() and rejected.strip()):
+        found = False
+    if not found or compared[0] == compared[1]:
+        raise FistaPrunerError(
+            f"{where}: chosen and rejected have to be two different answers of the assistant, neither of them empty, "
+            f"to the field prompt or to what both begin with: chosen {chosen!r:.60}, rejected {rejected!r:.60}"
+        )
+    return Pair(prompt, chosen, rejected, where, template_options(record, where) if chat else {})
