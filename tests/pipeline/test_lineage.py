@@ -21,17 +21,17 @@ from fistapruner.runs.records import load_run
 CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
 CARD = "---\nlicense: apache-2.0\ntags: [a]\n---\n\n# The dense model\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DENSE = f"models--a--b/snapshots/{COMMIT}"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model as the hub's cache holds it, a run of it, and a run of the run's model."""
     folder = tmp_path_factory.mktemp("lineage")
-    dense = tiny.save("llama", folder / "models--a--b" / "snapshots" / COMMIT, num_hidden_layers=2)
+    dense = tiny.save("llama", folder / DENSE, num_hidden_layers=2)
     (dense / "README.md").write_text(CARD)
-    fp.prune(
-        dense, folder / "once", method="magnitude", sparsity="30%", calibration=CALIBRATION, command="first command"
-    )
+    settings: dict[str, Any] = {"method": "magnitude", "sparsity": "30%", "calibration": CALIBRATION}
+    fp.prune(dense, folder / "once", command="first command", **settings)
     fp.prune(folder / "once" / "model", folder / "twice", method="wanda", calibration=CALIBRATION)
     return folder
 
@@ -86,23 +86,19 @@ def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) ->
     first, last = stored(run)["stages"]
     assert last["figures"]["perplexity"]["perplexity"] == found.perplexity.perplexity
     assert last["figures"]["divergence"]["kl"] is not None
-    alone = fp.evaluate(
-        next((runs / "models--a--b" / "snapshots").iterdir()), "python", seqlen=16, windows=2
-    ).perplexity
+    alone = fp.evaluate(runs / DENSE, "python", seqlen=16, windows=2).perplexity
     assert last["figures"]["reference"]["perplexity"] == pytest.approx(alone.perplexity)
     assert alone.perplexity != pytest.approx(found.perplexity.perplexity, rel=0.01)
     assert first["figures"]["perplexity"] is None
-    assert (
-        f"perplexity {found.perplexity.perplexity:.2f}"
-        in (run / "model" / "README.md").read_text().split("## Lineage")[1]
-    )
+    card = (run / "model" / "README.md").read_text()
+    assert f"perplexity {found.perplexity.perplexity:.2f}" in card.split("## Lineage")[1]
     assert fp.resume(run).status == "finished"
     assert len(stored(run)["stages"]) == 2
 
 
 def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tmp_path: Path) -> None:
     """Of every verb: figures are against it and training goes towards it, also where the first run is gone."""
-    dense, data = next((runs / "models--a--b" / "snapshots").iterdir()), {"source": "python", "seqlen": 16}
+    dense, data = runs / DENSE, {"source": "python", "seqlen": 16}
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
     again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
     assert again.evaluations[0].against == str(dense)
@@ -128,7 +124,7 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
 
 def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: Path) -> None:
     """And nothing else: zeros of tensors that lost channels are counted again, and lost patterns go."""
-    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    dense = runs / DENSE
     settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
     small: dict[str, Any] = {"calibration": CALIBRATION}
     fp.prune(dense, tmp_path / "a", sparsity="2:4", **settings)
@@ -221,11 +217,8 @@ def test_claims_of_weights_that_are_stored_inputs_first_stay(tmp_path: Path) -> 
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(runs / "twice"), "--quiet"]) == 0
     shown = capsys.readouterr().out
-    assert (
-        shown.index(f"{COMMIT} (LlamaForCausalLM")
-        < shown.index("pruned to 30% with magnitude")
-        < shown.index("pruned to 50% with wanda")
-    )
+    chain = (f"{COMMIT} (LlamaForCausalLM", "pruned to 30% with magnitude", "pruned to 50% with wanda")
+    assert (places := [shown.index(words) for words in chain]) == sorted(places)
     assert main(["inspect", str(runs / "twice"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lineage"] == stored(runs / "twice")
     card = (runs / "twice" / "model" / "README.md").read_text()
@@ -235,7 +228,7 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("record", ['{"lineage": [', '{"lineage": {"stages": 3}}'])
 def test_a_lineage_that_cannot_be_read_is_refused(runs: Path, record: str, tmp_path: Path) -> None:
-    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    dense = runs / DENSE
     folder = Path(shutil.copytree(dense, tmp_path / "dense"))
     (folder / "fistapruner.json").write_text(record)
     with pytest.raises(fp.FistaPrunerError, match=r"fistapruner\.json"):

@@ -32,30 +32,35 @@ def test_half_a_gram_is_the_whole_one_once_mirrored(n: int) -> None:
     torch.testing.assert_close(sums, (both.T @ both).float(), rtol=1e-4, atol=1e-4)
 
 
-def precision() -> str:
-    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+def precisions() -> list[str]:
+    """Of products on a CPU, and of products and convolutions on CUDA."""
+    backends = torch.backends
+    return [
+        str(backend.fp32_precision)
+        for backend in (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
+    ]
 
 
 def test_the_precision_comes_back_when_the_last_of_overlapping_blocks_ends() -> None:
-    before = precision()
+    before = precisions()
     first, second = fast_products(), fast_products()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert precision() == "bf16"
+    assert precisions()[0] == "bf16"
     second.__exit__(None, None, None)
-    assert precision() == before
+    assert precisions() == before
 
 
 def test_solves_in_several_threads_give_the_bits_of_solves_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(600, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
     problems = [LayerProblem.from_activations(torch.randn(96, 96, generator=generator), inputs) for _ in range(12)]
-    before = precision()
+    before = precisions()
     alone = [solve(problem, "50%").weight for problem in problems]
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda problem: solve(problem, "50%").weight, problems))
-    assert precision() == before
+    assert precisions() == before
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
@@ -125,15 +130,6 @@ def high() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     for backend, value in zip(backends, before, strict=True):
         backend.fp32_precision = value
-
-
-def precisions() -> list[str]:
-    """Of products on a CPU, and of products and convolutions on CUDA."""
-    backends = torch.backends
-    return [
-        str(backend.fp32_precision)
-        for backend in (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
-    ]
 
 
 def test_products_are_fp32_whatever_the_calling_program_has_set(high: None, tmp_path: Path) -> None:

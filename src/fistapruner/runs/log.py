@@ -66,12 +66,7 @@ class Listener:
 
 
 class Logged(Listener):
-    """Write progress to the log, and pass it on.
-
-    Args:
-        listener: receives everything.
-        after_layer: called when a decoder layer is done.
-    """
+    """Write progress to the log, and pass it on; call ``after_layer`` when a decoder layer is done."""
 
     def __init__(self, listener: Listener, after_layer: Callable[[], None] = lambda: None) -> None:
         self._listener = listener
