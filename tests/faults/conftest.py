@@ -33,8 +33,7 @@ RECOVERY += ["--set", "data.seqlen=16", "--set", "data.held_out=0.1", "--set", "
 
 @dataclass
 class Outcome:
-    """How a run ended: exit status (negative: the signal that killed it), disk calls it made, which of them were
-    writes, what it said."""
+    """How a run ended: exit status (negative: the signal that killed it), its disk calls, which are writes."""
 
     status: int
     calls: int
@@ -86,11 +85,8 @@ class Runs:
         outcome = self.run(self.undisturbed)
         self.seconds = time.perf_counter() - begin
         assert outcome.status == 0, outcome.stderr
-        self.expected, self.calls, self.writes = (
-            digest(self.undisturbed / "model"),
-            outcome.calls,
-            tuple(outcome.writes),
-        )
+        self.expected = digest(self.undisturbed / "model")
+        self.calls, self.writes = outcome.calls, tuple(outcome.writes)
 
     def check_resumed(self, out: Path, *more: str) -> None:
         """The same command again must end well, with the bytes of the undisturbed run, and leave nothing behind."""
@@ -132,13 +128,9 @@ class Runs:
 
 
 def digest(folder: Path) -> str:
-    """Checksum of all files of a checkpoint, but for what has times in it: the model card, and stages of the
-    lineage."""
-    parts = [
-        f"{path.name} {hashlib.sha256(content(path)).hexdigest()}"
-        for path in sorted(folder.iterdir())
-        if path.name != "README.md"
-    ]
+    """Checksum of all files of a checkpoint, but for what has times in it: the card, and stages of the lineage."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != "README.md"]
+    parts = [f"{path.name} {hashlib.sha256(content(path)).hexdigest()}" for path in files]
     assert len(parts) >= 4
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -160,8 +152,7 @@ def steps(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder in main memory where the system has one: hundreds of runs would wait minutes for fsync on a real
-    disk."""
+    """A folder in main memory where the system has one: on a disk, hundreds of runs would wait minutes for fsync."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path
@@ -201,14 +192,11 @@ def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def alignments(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Alignments of the pruned model, with both references and the anchor."""
     folder = tmp_path_factory.mktemp("alignments")
-    lines = [
-        {"prompt": f"{number} is", "chosen": f" before {number + 1}.", "rejected": " nice."} for number in range(30)
-    ]
+    lines = [{"prompt": f"{n} is", "chosen": f" before {n + 1}.", "rejected": " nice."} for n in range(30)]
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made = Runs(
-        runs.process, ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT), folder / "undisturbed"
-    )
+    begin = ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT)
+    made = Runs(runs.process, begin, folder / "undisturbed")
     made.measure()
     return made
 

@@ -120,7 +120,7 @@ def test_workers_that_die_are_replaced(model: Path, tmp_path: Path, deaths: int)
     else:
         with pytest.raises(FistaPrunerError, match=r"layer 3: workers died 3 times.* again with fewer workers"):
             prune(str(model), out, **settings, execution=execution)
-        assert len(list((out / "layers").glob("*.json"))) == LAYERS - 1
+        assert len(list((out / "layers").glob("*.json"))) in (LAYERS - 2, LAYERS - 1)  # the other worker's may be lost
         log.write_text("died\n" * deaths)
         resume(out)
     assert len(log.read_text().splitlines()) == deaths + 1

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import fistapruner as fp
 import tiny
+from fistapruner.cli import main
 from fistapruner.runs.log import read_steps
 from fistapruner.runs.records import load_run
+from fistapruner.training import masked
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["fistapruner.training.run", "transformers.models.llama.modeling_llama", __name__])
 
 COMMON = ("--evaluate", "none", "--set", "execution.threads=1", "--set", "rank=4", "--quiet")
 RECOVERY = ("--set", "data.seqlen=16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")
@@ -36,25 +44,49 @@ def command(bench: tiny.Bench, verb: str, out: Path, *more: str) -> list[str]:
     return [verb, str(bench.pruned()), *settings, *COMMON, *more, "--out", str(out)]
 
 
-def launch(arguments: list[str], processes: int = 2) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "fistapruner"]
-    start = launcher if processes > 1 else ["-m", "fistapruner"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *start, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+class Pair:
+    """Two processes of one run, forked from a server that has imported PyTorch; as torchrun would start them."""
+
+    def __init__(self, arguments: list[str], said: Path, before: Callable[[], None] | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.files = [said.with_name(f"{said.name}-{rank}") for rank in range(2)]
+        self.processes = [
+            FORKS.Process(target=process, args=(rank, port, arguments, str(self.files[rank]), before))
+            for rank in range(2)
+        ]
+        for each in self.processes:
+            each.start()
+
+    def finish(self) -> list[int | None]:
+        """Wait for both; returns their exit codes."""
+        for each in self.processes:
+            each.join(300)
+        return [each.exitcode for each in self.processes]
+
+    def said(self, rank: int) -> str:
+        return self.files[rank].read_text()
 
 
-def finish(arguments: list[str], processes: int = 2) -> str:
-    process = launch(arguments, processes)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return out
+def process(rank: int, port: int, arguments: list[str], said: str, before: Callable[[], None] | None) -> None:
+    """Run the command line as one of two processes; what it says goes to a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    sys.exit(main(arguments))
+
+
+def finish(arguments: list[str], said: Path) -> str:
+    """Run a pair to its end; returns what the first process said."""
+    pair = Pair(arguments, said)
+    assert pair.finish() == [0, 0], pair.said(0)
+    return pair.said(0)
 
 
 def curve(run: Path) -> list[Any]:
@@ -62,78 +94,91 @@ def curve(run: Path) -> list[Any]:
     return [[line[key] for key in keys if line.get(key) is not None] for line in read_steps(run / "steps.jsonl")]
 
 
+def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fistapruner"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(("verb", "more"), [("recover", ("--parameters", "full")), ("recover", ()), ("align", ())])
 def test_two_processes_have_the_curve_of_one(
     bench: tiny.Bench, tmp_path: Path, verb: str, more: tuple[str, ...]
 ) -> None:
-    said = finish(command(bench, verb, tmp_path / "two", *more))
+    pair = command(bench, verb, tmp_path / "two", *more)
+    if verb == "align":  # the launcher itself, once
+        done = torchrun(pair)
+        assert not done.returncode, done.stderr
+        said = done.stdout
+    else:
+        said = finish(pair, tmp_path / "said")
     assert said.count("operators are zero") == 1  # one process speaks
-    finish(command(bench, verb, tmp_path / "one", *more), 1)
+    assert not main(command(bench, verb, tmp_path / "one", *more))
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     before, after = (tiny.tensors(folder / "model") for folder in (bench.pruned(), tmp_path / "two"))
     assert all(bool(((after[name] == 0) == (before[name] == 0)).all()) for name in before if before[name].ndim == 2)
     reports = [load_run(tmp_path / name) for name in ("one", "two")]
     assert reports[0].recovery.trained == reports[1].recovery.trained
-    assert "holds the finished run" not in finish(command(bench, verb, tmp_path / "two", *more))
+    assert "holds the finished run" not in finish(pair, tmp_path / "again")
 
 
 def test_a_killed_pair_goes_on(bench: tiny.Bench, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = launch(command(bench, "recover", out))
-    while len(list((out / "states").glob("*.json"))) < 2 and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    begun = len(curve(out))
-    assert begun >= 1
-    finish(command(bench, "recover", out))
-    finish(command(bench, "recover", tmp_path / "whole"))
+    pair = Pair(command(bench, "recover", out), tmp_path / "killed")
+    while len(list((out / "states").glob("*.json"))) < 2 and pair.processes[0].is_alive():
+        time.sleep(0.01)
+    for each in pair.processes:
+        each.kill()
+    assert pair.finish() == [-signal.SIGKILL, -signal.SIGKILL]
+    assert len(curve(out)) >= 1
+    finish(command(bench, "recover", out), tmp_path / "on")
+    finish(command(bench, "recover", tmp_path / "whole"), tmp_path / "said")
     assert tiny.weights(out) == tiny.weights(tmp_path / "whole")
     assert curve(out) == curve(tmp_path / "whole")
 
 
+def second_dies() -> None:
+    """Let the second process end at its first step."""
+    whole = masked.Masters.step
+
+    def step(self: Any, *given: Any) -> Any:
+        return os._exit(9) if os.environ["RANK"] == "1" else whole(self, *given)
+
+    masked.Masters.step = step  # type: ignore[method-assign]
+
+
 def test_a_process_that_dies_ends_the_others_with_one_sentence(bench: tiny.Bench, tmp_path: Path) -> None:
-    dies = (
-        "import os, sys, fistapruner.training.masked as masked\n"
-        "from fistapruner.cli import main\n"
-        "step = masked.Masters.step\n"
-        "def stops(self, *given):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        os._exit(9)\n"
-        "    return step(self, *given)\n"
-        "masked.Masters.step = stops\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+    pair = Pair(command(bench, "recover", tmp_path / "out"), tmp_path / "said", second_dies)
+    assert pair.finish() == [2, 9]
+    assert (
+        pair.said(0).splitlines()[-1] == "fistapruner: another process of this run has ended: its own message says why"
     )
-    (tmp_path / "dies.py").write_text(dies)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "dies.py"), *command(bench, "recover", tmp_path / "out")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 9]
-    assert said[0].splitlines()[-1] == "fistapruner: another process of this run has ended: its own message says why"
 
 
-def test_what_cannot_be_divided_is_refused(bench: tiny.Bench, tmp_path: Path) -> None:
-    for more, words in (
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
         (("--set", "windows_per_step=3"), "windows_per_step is 3: 2 processes need a multiple of 2"),
         (("--set", "optimizer=mezo"), "optimizer mezo trains in one process: leave torchrun out"),
         (("--set", "targets=[nowhere]"), "'nowhere' matches no operator"),
-    ):
-        process = launch(command(bench, "recover", tmp_path / "out", *more))
-        assert words in process.communicate(timeout=300)[1]
-        assert process.returncode
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    bench: tiny.Bench, tmp_path: Path, more: tuple[str, ...], words: str
+) -> None:
+    pair = Pair(command(bench, "recover", tmp_path / "out", *more), tmp_path / "said")
+    assert all(pair.finish())
+    assert words in pair.said(0)
 
 
 def test_python_is_refused_where_a_launcher_runs_it_for_another_verb(tmp_path: Path) -> None:
-    process = launch(["pack", "nothing", str(tmp_path / "out")])
-    assert "pack is done by one" in process.communicate(timeout=300)[1]
-    assert fp.__version__
+    pair = Pair(["pack", "nothing", str(tmp_path / "out")], tmp_path / "said")
+    assert any(pair.finish())
+    assert any("pack is done by one" in pair.said(rank) for rank in range(2))

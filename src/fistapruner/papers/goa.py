@@ -170,9 +170,6 @@ def attention_probabilities(
         model, index: the model, and the number of the layer.
         unit: its key/value groups.
         hidden: (1, seqlen, width) hidden states that enter the layer, of each window.
-
-    Raises:
-        FistaPrunerError: the attention does not return probabilities.
     """
     found, call = list[Tensor](), None
 

@@ -66,9 +66,6 @@ class Mixture:
 
         Returns:
             (windows,) int64 numbers of tasks.
-
-        Raises:
-            FistaPrunerError: a round would have fewer windows than tasks.
         """
         rounds, per_round = self.rounds, min(self.per_round or self.tasks, self.tasks)
         if windows < self.least:

@@ -46,9 +46,7 @@ GUARD = 1e-6
 """Added to the size of every margin by :func:`pair_weights`, so that equal answers are shared evenly."""
 
 
-def preference_losses(
-    margin: Tensor, margins: Tensor, weights: Tensor, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def preference_losses(margin: Tensor, margins: Tensor, weights: Tensor, beta: float) -> Tensor:
     """Compute the (pairs,) losses ``sum_k a_k dpo(m_k)``, differentiable in the model's margin.
 
     Args:
@@ -56,13 +54,8 @@ def preference_losses(
         margins: (K, pairs) m of the references.
         weights: (K, pairs) a; their sum over K is 1.
         beta: strength of the references.
-        label_smoothing: assumed share of swapped labels, from 0 to below 0.5 (conservative DPO).
     """
-    z = beta * (margin - margins)
-    losses = -(1 - label_smoothing) * logsigmoid(z)
-    if label_smoothing:
-        losses = losses - label_smoothing * logsigmoid(-z)
-    return (weights * losses).sum(0)
+    return (weights * -logsigmoid(beta * (margin - margins))).sum(0)
 
 
 @dataclass(frozen=True)
@@ -72,18 +65,15 @@ class Preference:
     Args:
         margins: (K, pairs) of the references; ``weights``: of each, their sum over K is 1.
         beta: strength of the references.
-        label_smoothing: assumed share of swapped labels.
     """
 
     margins: Tensor
     weights: Tensor
     beta: float
-    label_smoothing: float = 0.0
 
     def losses(self, margin: Tensor, pairs: list[int]) -> Tensor:
         """Compute the (pairs,) losses of a model with so large a margin on these pairs."""
-        margins, weights = self.margins[:, pairs], self.weights[:, pairs]
-        return preference_losses(margin, margins, weights, self.beta, self.label_smoothing)
+        return preference_losses(margin, self.margins[:, pairs], self.weights[:, pairs], self.beta)
 
 
 def reference_margins(
@@ -99,9 +89,6 @@ def reference_margins(
 
     Returns:
         Margins and weights, (K, pairs) of multi-dpo, (1, pairs) of the others.
-
-    Raises:
-        ValueError: dpo with several references.
     """
     if kind == "multi-dpo":
         return margins_of(references), weights

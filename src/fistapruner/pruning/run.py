@@ -37,7 +37,7 @@ from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
 from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
-from ..training.run import ALIGN, RECOVER, resume_training
+from ..training.run import resume_training
 from .context import RunContext
 from .layer import Inspect
 from .settle import Request, check_sources, open_operators, settle
@@ -154,7 +154,7 @@ def resume(
         again = "give its command again, and if that is refused with a new --out"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
     if found.kind != "prune":
-        return resume_training(RECOVER if found.kind == "recover" else ALIGN, out, permissions, listener)
+        return resume_training(found.kind, out, permissions, listener)
     run = PruneDirectory(out)
     record = run.begun_record()
     recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation

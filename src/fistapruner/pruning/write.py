@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def write(
         earlier: report of the finished run whose checkpoint is written again: its measurements stay.
         alone: this process has pruned all layers, so that the GPU memory it took is that of the run.
     """
-    begin, run, model = time.perf_counter(), context.run, context.model
+    run, model = context.run, context.model
     record = run.begun_record()
     report = record.report()
     entries = [run.journal.finished(index, context.fingerprint) for index in range(len(model))]
@@ -114,9 +114,6 @@ def write(
     claims = {**own, **_kept_claims(context, own, changed)}
     pruned = [claim.get("zeros") for claim in claims.values() if claim.get("sparsity") != "0%"]
     report.totals.model_zeros = sum(zeros for zeros in pruned if type(zeros) is int)
-    report.stacked_experts = any(map(stack_of, claims))
-    report.finished = now()
-    update_stage(report)
     more: dict[str, Any] = {}
     rank, journals = context.recipe.low_rank, map(run.journal.weights, range(len(model)))
     if rank and (factors := journaled_factors(journals)):
@@ -125,23 +122,21 @@ def write(
         more["widths"] = widths
     # Of the tensors whose channels were reordered, by this run or an earlier one, those that are left.
     permuted = (set(changed.earlier.get("permuted", [])) | set(model.checkpoint.orders)).difference(changed.gone)
-
-    def documents() -> dict[str, str]:
-        return model_documents(model_card(report), checkpoint_record(report, claims, permuted=sorted(permuted), **more))
-
-    write_model(
+    more["permuted"] = sorted(permuted)
+    finish(
         run,
-        model.checkpoint,
         context.fingerprint,
-        changed.replacement,
-        documents,
+        report,
+        {**more, "operators": claims},
+        earlier,
+        times,
         listener,
+        source=model.checkpoint,
+        replacement=changed.replacement,
         shapes=changed.shapes,
         dropped=changed.dropped,
         config_changes=None if context.widths is None else changed_config(model, context.widths),
     )
-    close_report(run, report, earlier, times, begin)
-    update_stage(report)
     run.write_report(report)
     return report
 
@@ -249,49 +244,59 @@ def refuse_foreign_files(run: RunDirectory, fingerprint: str) -> None:
         run.check_model()
 
 
-def write_model(
+def finish(
     run: RunDirectory,
-    checkpoint: Checkpoint,
     fingerprint: str,
-    replacement: Callable[[str], Tensor | None],
-    documents: Callable[[], Mapping[str, str]],
+    report: Report,
+    record: Mapping[str, Any],
+    earlier: Report | None,
+    times: Times,
     listener: Listener,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    dropped: Collection[str] = (),
-    config_changes: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> None:
-    """Write a run's checkpoint, unless a whole one of this run is there.
+    """Write a run's checkpoint, unless a whole one of this run is there, and close its report.
 
     Args:
-        run: the run directory.
-        checkpoint: the model that the run has changed.
-        fingerprint: of the run.
-        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
-        documents: returns the text files beside the weights.
-        listener: receives progress.
-        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
-        config_changes: of ``config.json``, as a JSON merge patch.
+        record: what ``fistapruner.json`` says beside the run: ``operators`` are claims about zeros, by stored weight.
+        earlier: report of the finished run whose checkpoint is written again: its measurements stay.
+        **changes: arguments of :func:`fistapruner.models.write.write_checkpoint`.
     """
-    if run.model.exists():
-        if run.model_fault(fingerprint) is None:
-            if run.model_record() is None:  # a kill came between the two
-                run.write_model_record(fingerprint)
-            return
-        run.remove_model()  # it is damaged, or its writing was interrupted
-    with disk_errors(run.model_file):
-        run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
-    listener.say("writing the checkpoint")
-    write_checkpoint(
-        checkpoint,
-        run.model,
-        replacement,
-        shapes=shapes,
-        dropped=dropped,
-        config_changes=config_changes,
-        documents=documents(),
-    )
-    run.write_model_record(fingerprint)
+    begin = time.perf_counter()
+    report.stacked_experts = any(map(stack_of, record["operators"]))
+    report.finished = now()
+    update_stage(report)
+    whole = run.model.exists() and run.model_fault(fingerprint) is None
+    if not whole:
+        if run.model.exists():
+            run.remove_model()  # it is damaged, or its writing was interrupted
+        with disk_errors(run.model_file):
+            run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
+        listener.say("writing the checkpoint")
+        own = {
+            "version": VERSION,
+            "fingerprint": report.fingerprint,
+            "recipe": report.recipe,
+            "model": report.model.source,
+            "versions": report.versions,
+            "operators": record["operators"],
+            "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
+        }
+        documents = model_documents(model_card(report), {**own, **record, **own})
+        write_checkpoint(out=run.model, documents=documents, **changes)
+    if not whole or run.model_record() is None:  # a kill came between the two
+        run.write_model_record(fingerprint)
+    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
+    if earlier is not None:
+        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+        report.totals.compressed_bytes = earlier.totals.compressed_bytes
+        if report.recovery is not None and earlier.recovery is not None:
+            report.recovery.before = earlier.recovery.before
+    report.status = "finished"
+    report.finished = now()
+    report.totals.seconds = times.total()
+    report.totals.time_split["write"] = time.perf_counter() - begin
+    report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes
+    update_stage(report)
 
 
 def write_low_rank(
@@ -328,26 +333,6 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
     return claims
 
 
-def checkpoint_record(report: Report, claims: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Describe a checkpoint (``fistapruner.json``): the run that has made it, and what ``inspect`` checks.
-
-    Args:
-        report: of the run.
-        claims: about the zeros of every operator, by the name of its stored weight.
-        **more: stands between these and the lineage.
-    """
-    return {
-        "version": VERSION,
-        "fingerprint": report.fingerprint,
-        "recipe": report.recipe,
-        "model": report.model.source,
-        "versions": report.versions,
-        "operators": claims,
-        **more,
-        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
-    }
-
-
 def model_documents(card: str, record: Mapping[str, Any]) -> dict[str, str]:
     """Return the text files beside a model's weights: its card, and its record unless that is empty."""
     return {CARD: card} | ({PRUNING_RECORD: json.dumps(record, indent=2) + "\n"} if record else {})
@@ -366,26 +351,3 @@ def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> N
     for name in names:
         if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
             raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
-
-
-def close_report(run: RunDirectory, report: Report, earlier: Report | None, times: Times, begin: float) -> None:
-    """Close the report of a run whose checkpoint is written, with its times and its bytes.
-
-    Args:
-        run: the run directory.
-        report: of the run.
-        earlier: report of the finished run whose checkpoint was written again: its measurements stay.
-        times: wall time of the run so far.
-        begin: when the writing of the checkpoint began, by ``time.perf_counter``.
-    """
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-        report.totals.compressed_bytes = earlier.totals.compressed_bytes
-        if report.recovery is not None and earlier.recovery is not None:
-            report.recovery.before = earlier.recovery.before
-    report.status = "finished"
-    report.finished = now()
-    report.totals.seconds = times.total()
-    report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = Checkpoint.open(run.model).file_bytes

@@ -171,11 +171,7 @@ class StepJournal:
     """The journal of training steps, ``RUN/steps.jsonl``, open for appending. Use it as a context manager.
 
     A line is a JSON object with the key ``step`` (from 1; step 0 has the check before training), a tab and the CRC-32
-    of the object's text. A torn or damaged line ends the journal.
-
-    Args:
-        path: the file; it is made if it is missing.
-        last: last step to keep; later lines are dropped.
+    of the object's text. A torn or damaged line ends the journal. Lines after the step ``last`` are dropped.
     """
 
     def __init__(self, path: Path, last: int) -> None:

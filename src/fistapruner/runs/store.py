@@ -136,8 +136,3 @@ class Snapshots(Store):
             if (last is None or step <= last) and (content := self.get(step, fingerprint)) is not None:
                 return Snapshot(step, content["values"], self.weights(step))
         return None
-
-
-def snapshot_interval(seconds: float) -> float:
-    """Return the seconds to wait between snapshots that take ``seconds`` each to write."""
-    return max(LEAST_SECONDS, 10 * seconds)

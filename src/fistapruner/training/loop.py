@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.log import Listener, StepJournal
-from ..runs.store import Snapshots, snapshot_interval
+from ..runs.store import LEAST_SECONDS, Snapshots
 from ..runtime.show import duration
 
 CHECKS = 8
@@ -119,7 +119,7 @@ class Loop:
             self._begun = self.state.step, last
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._take(self._step)
-                late = self.agree(time.monotonic() - last > snapshot_interval(self._writing))
+                late = self.agree(time.monotonic() - last > max(LEAST_SECONDS, 10 * self._writing))
                 if checked or self.state.stopped or late:
                     self._snapshot()
                     last = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -15,19 +14,17 @@ from torch import Tensor
 
 from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.run import measure
-from ..models.record import read_pruning_record, stack_of
+from ..models.operators import Operator
+from ..models.record import read_pruning_record
 from ..models.source import UNTRUSTED, Permissions
 from ..papers.mezo import ForwardOnly
 from ..pruning import write
 from ..reporting.facts import length_setting
-from ..reporting.model_card import model_card
 from ..runs import settled
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.lineage import update_stage
 from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
-from ..runtime.machine import now
 from ..runtime.numerics import undisturbed
 from ..runtime.show import shell_line
 from ..settings.align import AlignRecipe
@@ -40,8 +37,7 @@ from .plan import Plan
 from .recovery import Recovery
 from .settle import Request, Settling
 
-RECOVER: type[Recovery] = Recovery
-ALIGN: type[Recovery] = Alignment
+KINDS: dict[str, type[Recovery]] = {"recover": Recovery, "align": Alignment}
 
 
 def recover(
@@ -82,7 +78,7 @@ def recover(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
+    kind = KINDS["align" if isinstance(recipe, AlignRecipe) else "recover"]
     request = Request(
         kind,
         kind.directory(out_path(out)),
@@ -122,14 +118,14 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    kind = ALIGN if isinstance(recipe, AlignRecipe) else RECOVER
-    named = None if dense is None else str(dense)
+    kind, named = KINDS[recipe.verb], None if dense is None else str(dense)
     request = Request(kind, kind.directory(folder), str(model), recipe, named, permissions, evaluate=None)
     return Settling(request, Listener()).plan
 
 
-def resume_training(kind: type[Recovery], folder: Path, permissions: Permissions, listener: Listener) -> Report:
+def resume_training(verb: str, folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run of a verb as it was begun; ``permissions`` say what the models' files may do."""
+    kind = KINDS[verb]
     run = kind.directory(folder)
     record = run.begun_record()
     recipe = kind.settings.build(record.decision.asked, str(run.run_file))
@@ -244,7 +240,14 @@ def _write(
     training.describe(trained, report, listener)
     listener.tick("comparing the trained weights with the input's", 0, 1)
     changed = dict(trained.result())
-    report.layers = [_layer(training, changed, index) for index in range(len(model))]
+    report.layers = [
+        LayerEntry(
+            index=index,
+            name=f"{training.layout.layers_name}.{index}",
+            operators=[_operator(training, changed, index, each) for each in training.layout.in_layer(index)],
+        )
+        for index in range(len(model))
+    ]
     _describe(training, trained, state, report)
     report.totals = Totals(
         operator_weights=report.operator_weights,
@@ -255,54 +258,38 @@ def _write(
         peak_memory=peak_memory(),
         peak_device_memory=peak_device_memory(model.device),
     )
-    content = read_pruning_record(training.decision.folder)
-    claims = write.operator_claims(report, model) | (content.get("operators") or {})
-    report.stacked_experts = any(stack_of(name) for name in claims)
-    report.finished = now()
-    update_stage(report)
-    begin = time.perf_counter()
+    record = read_pruning_record(training.decision.folder)
+    record["operators"] = write.operator_claims(report, model) | (record.get("operators") or {})
     if (part := training.low_rank) is not None:
-        content |= write.write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
-
-    def documents() -> dict[str, str]:
-        return write.model_documents(model_card(report), {**content, **write.checkpoint_record(report, claims)})
-
-    write.write_model(run, model.checkpoint, training.fingerprint, changed.get, documents, listener)
-    trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
-    write.check_zeros(run.model, model.checkpoint, trained_weights)
+        record |= write.write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
     assert report.recovery is not None
     report.totals.time_split["train"] = report.recovery.seconds
-    write.close_report(run, report, earlier, times, begin)
-    update_stage(report)
+    fingerprint, source = training.fingerprint, model.checkpoint
+    write.finish(run, fingerprint, report, record, earlier, times, listener, source=source, replacement=changed.get)
+    trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
+    write.check_zeros(run.model, source, trained_weights)
     # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
     shutil.rmtree(run.teacher, ignore_errors=True)
     run.write_report(report)
     return report
 
 
-def _layer(training: Recovery, changed: Mapping[str, Tensor], index: int) -> LayerEntry:
-    """Describe one decoder layer."""
-    model, layout = training.model, training.layout
-    entry = LayerEntry(index=index)
-    entry.name = f"{layout.layers_name}.{index}"
-    for operator in layout.in_layer(index):
-        name = layout.full_name(index, operator)
-        source = model.source(f"{name}.weight")
-        before = model.checkpoint.read(source).float()
-        after = changed[source].float() if source in changed else before
-        zeros = before.numel() - int(torch.count_nonzero(before))
-        entry.operators.append(
-            OperatorEntry(
-                name=operator.name,
-                shape=(operator.rows, operator.columns),
-                sparsity=training.decision.operators[name],
-                zeros=zeros,
-                density=1 - zeros / before.numel(),
-                change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
-                changed=int((after != before).sum()),
-            )
-        )
-    return entry
+def _operator(training: Recovery, changed: Mapping[str, Tensor], index: int, operator: Operator) -> OperatorEntry:
+    """Describe an operator of decoder layer ``index``."""
+    name = training.layout.full_name(index, operator)
+    source = training.model.source(f"{name}.weight")
+    before = training.model.checkpoint.read(source).float()
+    after = changed[source].float() if source in changed else before
+    zeros = before.numel() - int(torch.count_nonzero(before))
+    return OperatorEntry(
+        name=operator.name,
+        shape=(operator.rows, operator.columns),
+        sparsity=training.decision.operators[name],
+        zeros=zeros,
+        density=1 - zeros / before.numel(),
+        change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+        changed=int((after != before).sum()),
+    )
 
 
 def _describe(training: Recovery, trained: Trained | ForwardOnly, state: State, report: Report) -> None:
