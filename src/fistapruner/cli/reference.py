@@ -124,17 +124,11 @@ def _methods() -> Iterable[str]:
 def _describe(field: FieldInfo) -> tuple[str, str]:
     """Return a setting's default and its meaning."""
     default = field.default if isinstance(field.default, str) else json.dumps(field.default)
-    values, said = _values(field.annotation), str(field.description)
-    return f"`{default}`", said if any(said.startswith(f"{word},") for word in values) else f"{_code(values)}{said}"
-
-
-def _values(annotation: Any) -> tuple[str, ...]:
-    """Return the values of a choice; of other settings none."""
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
-
-
-def _code(values: tuple[str, ...]) -> str:
-    return ", ".join(f"`{value}`" for value in values) + ". " * bool(values)
+    values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    said = str(field.description)
+    if values and not any(said.startswith(f"{word},") for word in values):
+        said = ", ".join(f"`{value}`" for value in values) + f". {said}"
+    return f"`{default}`", said
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[str]:

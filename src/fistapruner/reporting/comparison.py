@@ -9,7 +9,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..core import parse_sparsity
-from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.show import align_columns, counted, duration, percent, significant, size, with_error
 from .facts import base_model_name
@@ -292,8 +291,5 @@ def _marks(axes: Any, index: int, found: Sequence[Point], places: Sequence[float
 
 def _kind(pattern: str) -> tuple[bool, float]:
     """Return whether a sparsity is an n:m pattern, and its share of zeros."""
-    try:
-        found = parse_sparsity(pattern)
-    except FistaPrunerError:  # of another version
-        return False, 0.0
+    found = parse_sparsity(pattern)
     return not found.supports_allocation, found.fraction

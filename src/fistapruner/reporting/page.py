@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import FistaPrunerError
 from ..measure import QUANTISE_FIRST
 from ..runs.directory import RunDirectory
 from ..runs.records import DONE, PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
@@ -134,9 +133,6 @@ def write_page(folder: str | Path) -> Path:
         MissingExtraError: the extra ``report`` is not installed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        reason = "is not a folder" if folder.exists() else "does not exist"
-        raise FistaPrunerError(f"{folder} {reason}: give a run directory or the folder of a comparison")
     if is_comparison(folder):
         text, out = comparison_page(load_comparison(folder)), folder / PAGE
     else:

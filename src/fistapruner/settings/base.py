@@ -75,11 +75,7 @@ class Settings(BaseModel):
 
 
 class Texts(Settings):
-    """Base of the section that says which texts a run reads: one, or several by name.
-
-    Attributes:
-        seed: that of the recipe, which fills it in.
-    """
+    """Base of the section that says which texts a run reads: one, or several by name; the recipe fills in its seed."""
 
     source: Annotated[str | dict[str, str] | None, PATHS_TOO] = None
     seed: Seed = 0
