@@ -56,7 +56,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(kind: str) -> None:
     figures = {
         "run": {"error-map", "layer-errors"},
         "recovery": {"training", "change-map"},
-        "comparison": {"gap-sparsity", "gap-time-50-", "gap-time-70-", "gap-time-2-4"},
+        "comparison": {"gap-sparsity"},
     }
     assert set(re.findall(r'<figure id="figure-([\w-]+)"', text)) == figures[kind]
 

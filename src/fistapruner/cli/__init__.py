@@ -1,8 +1,8 @@
 """The command line: fourteen verbs, each the public function of the same name.
 
 A verb is a function of one of the modules here. It calls the public function, prints its result and returns the exit
-status; its docstring is what ``--help`` says. ``configure_VERB`` beside it adds its arguments. A verb imports torch and
-what needs it inside, so that ``--help`` is quick.
+status if that may not be 0; its docstring is what ``--help`` says. ``configure_VERB`` beside it adds its arguments. A
+verb imports torch and what needs it inside, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
             _refuse_processes(parsed)
             try:
-                return int(parsed.run(parsed))
+                return int(parsed.run(parsed) or 0)
             except Exception:
                 if parsed.debug:
                     traceback.print_exc()

@@ -65,13 +65,7 @@ def settings(recipe: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def add_recipe(parser: argparse.ArgumentParser, recipe: type[RunRecipe], *, single: bool = True) -> None:
-    """Add a recipe and its settings.
-
-    Args:
-        parser: of the verb.
-        recipe: the class of the recipe.
-        single: add those settings too of which ``compare`` takes several values.
-    """
+    """Add a recipe and its settings; with ``single`` those too of which ``compare`` takes several values."""
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe, or a YAML file")
     known = dict(settings(recipe))
@@ -108,12 +102,9 @@ def add_evaluation(parser: argparse.ArgumentParser, default: str = "python") -> 
 def add_common(
     parser: argparse.ArgumentParser, *, quiet: bool = True, as_json: bool = True, code: bool = True, pickle: bool = True
 ) -> None:
-    """Add what a checkpoint may do, and how much is printed.
+    """Add what a checkpoint may do, and how much is printed, by what the verb does.
 
-    Args:
-        parser: of the verb.
-        quiet: it shows progress; ``as_json``: its result can be JSON.
-        code: it runs the model; ``pickle``: it reads weights.
+    It shows progress (``quiet``), has a result in JSON, runs the model (``code``), or reads weights (``pickle``).
     """
     group = parser.add_argument_group("trust and output")
     if pickle:
@@ -127,11 +118,7 @@ def add_common(
 
 
 def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Collect the settings of the arguments: those of ``--recipe``, over them flags, over them ``--set``.
-
-    Raises:
-        FistaPrunerError: an unknown recipe, several texts without names, or what is no setting.
-    """
+    """Collect the settings of the arguments: those of ``--recipe``, over them flags, over them ``--set``."""
     base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, arguments.recipe_kind.verb)
     changes: dict[str, Any] = {}
     for path, (flag, _) in FLAGS.items():
@@ -143,12 +130,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRecipe:
-    """Build the recipe of the arguments.
-
-    Raises:
-        FistaPrunerError: as :func:`recipe_settings`, or wrong settings; those that the recipe file has itself are named
-            as its own.
-    """
+    """Build the recipe of the arguments; an error of the recipe file itself names the file."""
     try:
         return recipe.build(recipe_settings(arguments))
     except FistaPrunerError:
@@ -157,11 +139,7 @@ def read_recipe(arguments: argparse.Namespace, recipe: type[AnyRecipe]) -> AnyRe
 
 
 def _texts(texts: Sequence[str], flag: str) -> str | dict[str, str]:
-    """Read the values of a flag that names texts: one TEXT, or NAME=TEXT for each of several.
-
-    Raises:
-        FistaPrunerError: several texts of which one has no name of its own.
-    """
+    """Read the values of a flag that names texts: one TEXT, or NAME=TEXT for each of several."""
     found = [(text, re.fullmatch(r"([\w.-]+)=(.+)", text)) for text in texts]
     named = {match[1]: match[2] for text, match in found if match and not Path(text).exists()}
     if not named and len(texts) == 1:

@@ -15,7 +15,7 @@ def configure_status(parser: argparse.ArgumentParser) -> None:
     add_common(parser, quiet=False, code=False, pickle=False)
 
 
-def status(arguments: argparse.Namespace) -> int:
+def status(arguments: argparse.Namespace) -> None:
     """Show the progress of a run, from another terminal or after it stopped.
 
     fistapruner status runs/first
@@ -24,14 +24,13 @@ def status(arguments: argparse.Namespace) -> int:
     from ..reporting.terminal import status as run_status
 
     show(run_status(arguments.run_directory), arguments)
-    return 0
 
 
 def configure_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of 'fistapruner compare'")
 
 
-def report(arguments: argparse.Namespace) -> int:
+def report(arguments: argparse.Namespace) -> None:
     """Draw report.html of a run, or compare.html of a comparison.
 
     For an unfinished run the page shows the layers or steps that are done.
@@ -41,7 +40,6 @@ def report(arguments: argparse.Namespace) -> int:
     from ..reporting.page import write_page
 
     show(write_page(arguments.run_directory), arguments)
-    return 0
 
 
 def configure_methods(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +47,7 @@ def configure_methods(parser: argparse.ArgumentParser) -> None:
     add_common(parser, quiet=False, code=False, pickle=False)
 
 
-def methods(arguments: argparse.Namespace) -> int:
+def methods(arguments: argparse.Namespace) -> None:
     """List the pruning methods, or describe one of them with its settings.
 
     Chain them with '+': --method wanda+refit, --method alps+swap. Settings of a method are given in a recipe file.
@@ -60,7 +58,6 @@ def methods(arguments: argparse.Namespace) -> int:
     from ..solvers import methods as run_methods
 
     show(run_methods(arguments.name), arguments)
-    return 0
 
 
 def configure_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +80,7 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Measure perplexity, divergence from the dense model, zero-shot tasks.
 
     MODEL is a model as for 'prune', a packed folder, or a run directory: then the run's checkpoint is compared with the
@@ -125,7 +122,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
             show(result, arguments)
         raise
     show(found, arguments)
-    return 0
 
 
 def configure_bench(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +134,7 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
     add_common(parser, code=False)
 
 
-def bench(arguments: argparse.Namespace) -> int:
+def bench(arguments: argparse.Namespace) -> None:
     """Measure tokens per second, memory and size of a pruned model.
 
     Dense, packed and packed int8 forms run each in a process of its own, in interleaved rounds. The dense forms are the
@@ -158,7 +154,6 @@ def bench(arguments: argparse.Namespace) -> int:
 
     names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
     show(run_bench(arguments.model, listener=listener, **{name: getattr(arguments, name) for name in names}), arguments)
-    return 0
 
 
 def configure_inspect(parser: argparse.ArgumentParser) -> None:
@@ -194,7 +189,7 @@ def configure_pack(parser: argparse.ArgumentParser) -> None:
     add_common(parser, quiet=False, as_json=False, code=False)
 
 
-def pack(arguments: argparse.Namespace) -> int:
+def pack(arguments: argparse.Namespace) -> None:
     """Write a pruned checkpoint without its zeros.
 
     Every pruned operator is stored as a bit mask and its kept values (bf16, or int8); the rest as it is, but for
@@ -211,7 +206,6 @@ def pack(arguments: argparse.Namespace) -> int:
 
     settings = {"values": arguments.values, "allow_pickle": arguments.allow_pickle}
     show(run_pack(arguments.checkpoint, arguments.out, **settings, progress=listener.tick), arguments)
-    return 0
 
 
 def configure_unpack(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +213,7 @@ def configure_unpack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to make")
 
 
-def unpack(arguments: argparse.Namespace) -> int:
+def unpack(arguments: argparse.Namespace) -> None:
     """Restore the dense checkpoint of a packed one.
 
     The packed folder is checked: its checksums before the first byte is written, masks and offsets of each operator as
@@ -232,7 +226,6 @@ def unpack(arguments: argparse.Namespace) -> int:
     from ..packed.pack import unpack as run_unpack
 
     show(run_unpack(arguments.packed, arguments.out, progress=listener.tick), arguments)
-    return 0
 
 
 def configure_export(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +240,7 @@ def configure_export(parser: argparse.ArgumentParser) -> None:
     add_common(parser, quiet=False, as_json=False, code=False)
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> None:
     """Write a model as a GGUF file for llama.cpp.
 
     For Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi-3, Granite, OLMo 2 and Qwen 3 MoE; other models by llama.cpp's
@@ -263,4 +256,3 @@ def export(arguments: argparse.Namespace) -> int:
 
     settings = {"allow_pickle": arguments.allow_pickle, "progress": listener.tick}
     show(run_export(arguments.model, arguments.out, arguments.values, **settings), arguments)
-    return 0

@@ -52,11 +52,7 @@ def describe_layer(entry: LayerEntry) -> str:
 
 
 class PlainListener(Listener):
-    """Print one line for each decoder layer, with the time that is left, and one for each other long pass.
-
-    Args:
-        clock: returns the time in seconds.
-    """
+    """Print one line for each decoder layer, with the time that is left, and one for each other long pass."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

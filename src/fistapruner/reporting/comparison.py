@@ -47,13 +47,9 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """Draw the page of a comparison, finished or not, as HTML.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw the page of a comparison, finished or not, as HTML."""
     found, rows = points(comparison.rows), list(map(_cells, by_quality(comparison.rows)))
-    drawings = [quality_against_sparsity(found), *(quality_against_time(found, each) for each in patterns(found)[:3])]
+    drawing = quality_against_sparsity(found)
     machine, versions = comparison.machine, comparison.versions
     protocol = [
         *(line.partition(": ")[::2] for line in comparison_lines(comparison)),
@@ -67,7 +63,7 @@ def comparison_page(comparison: Comparison) -> str:
         warnings=[*comparison.warnings, *(f"failed: {failure}" for failure in failures(comparison))],
         sections=[
             Section("Perplexity by method and sparsity", [_overview(comparison, found)], note=OVERVIEW_NOTE),
-            Section("Quality against sparsity and time", figures=[each for each in drawings if each is not None]),
+            Section("Quality against sparsity", figures=[] if drawing is None else [drawing]),
             Section("Every run", [Table(HEADER, rows, range(3, len(HEADER)))]),
             Section(
                 "Protocol",
@@ -267,7 +263,13 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
             axes.set_yscale("log")
             plain_log(axes.yaxis)
-        _finish(figure, axes, short, "sparsity", "y")
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel("gap, nats a token")
+        style(axes)
+        for index, name in enumerate(short.values()):
+            axes.plot([], [], MARKERS[index % 8], color=SERIES[index % len(SERIES)], label=name)
+        columns = max(1, WIDTH // (60 + 7 * max(map(len, short.values()))))
+        figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2)
 
     return draw(
         "gap-sparsity",
@@ -281,50 +283,11 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
     )
 
 
-def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None:
-    """Draw the gap of every method at one sparsity against the time of its whole run."""
-    short = short_labels(found)
-    here = sorted((p for p in found if p.sparsity == pattern and p.seconds), key=lambda p: (p.seconds or 0.0, p.gap))
-    if not here:
-        return None
-
-    def plot(figure: Any) -> None:
-        axes = figure.subplots()
-        for point in here:
-            _marks(axes, list(short).index(point.method), [point], [point.seconds or 0.0])
-        axes.set_xscale("log")
-        axes.margins(x=0.2, y=0.2)
-        plain_log(axes.xaxis)
-        _finish(figure, axes, short, "seconds of the whole run", "both")
-
-    return draw(
-        "gap-time-" + "".join(character if character.isalnum() else "-" for character in pattern),
-        f"Quality against time at {pattern}",
-        plot,
-        caption="Down and to the left is better.",
-        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
-        height=300 + 18 * (len(short) // 4),
-        head=["method", "seconds", "gap"],
-        rows=[[p.method, significant(p.seconds), with_error(p.gap, p.spread, 3)] for p in here],
-    )
-
-
 def _marks(axes: Any, index: int, found: Sequence[Point], places: Sequence[float], line: str = "") -> None:
     """Draw the gaps of a method, by its number, with the spread of each."""
     look = {"fmt": MARKERS[index % 8] + line, "color": SERIES[index % len(SERIES)], "markersize": 6, "capsize": 2}
     if found:
         axes.errorbar(places, [p.gap for p in found], yerr=[p.spread or 0.0 for p in found], **look)
-
-
-def _finish(figure: Any, axes: Any, short: dict[str, str], what: str, grid: str) -> None:
-    """Label the axes of gaps, and say which mark is which method's."""
-    axes.set_ylabel("gap, nats a token")
-    axes.set_xlabel(what)
-    style(axes, grid=grid)
-    for index, name in enumerate(short.values()):
-        axes.plot([], [], MARKERS[index % 8], color=SERIES[index % len(SERIES)], label=name)
-    widest = max(map(len, short.values()))
-    figure.legend(loc="outside upper left", ncols=max(1, WIDTH // (60 + 7 * widest)), handlelength=1.2)
 
 
 def _kind(pattern: str) -> tuple[bool, float]:

@@ -332,12 +332,7 @@ def title_of(report: Report) -> str:
 
 
 def next_steps(report: Report, folder: str | Path = "RUN") -> list[tuple[str, str]]:
-    """List commands that go on from a finished run, and what each does.
-
-    Args:
-        report: of the run.
-        folder: the run directory.
-    """
+    """List commands that go on from a finished run in ``folder``, and what each does."""
     if report.status != "finished":
         return []
     found = []

@@ -60,11 +60,7 @@ class Drawing:
 
 
 def run_figures(report: Report) -> list[Drawing]:
-    """Draw the figures of a run that there is data for.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw the figures of a run that there is data for."""
     drawings = [losses(report), operator_map(report), layer_errors(report.layers), layer_sparsity(report)]
     return [drawing for drawing in drawings if drawing is not None]
 
@@ -126,11 +122,6 @@ def heat_map(
     """Draw percentages by decoder layer and operator; None without any.
 
     Of a mixture with many experts, a column is the median over all experts' operators of a kind.
-
-    Args:
-        key, title, caption: see :class:`Drawing`.
-        layers: of the run.
-        values: percentages by number of the layer and name of the operator.
     """
     if not values:
         return None
@@ -161,7 +152,7 @@ def heat_map(
         every = math.ceil(len(rows) / 40)
         axes.set_yticks([place + 0.5 for place in range(0, len(rows), every)], [str(row) for row in rows[::every]])
         axes.set_ylabel("decoder layer")
-        style(axes, grid=None)
+        style(axes, grid=False)
         scale = figure.colorbar(drawn, ax=axes, location="top", aspect=40)
         ticks = [low, math.sqrt(low * top), top]
         scale.set_ticks(ticks, labels=[f"{significant(value, 2)} %" for value in ticks])
@@ -277,13 +268,13 @@ def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def style(axes: Any, *, grid: str | None = "y") -> None:
+def style(axes: Any, *, grid: bool = True) -> None:
     """Style axes: no box, a light grid behind the data, no tick marks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(True, axis=grid, which="major", linewidth=0.8)
+        axes.grid(True, axis="y", which="major", linewidth=0.8)
     axes.tick_params(length=0, which="both")
 
 
@@ -307,16 +298,7 @@ def draw(
     head: Sequence[str] = (),
     rows: Sequence[Sequence[str]] = (),
 ) -> Drawing:
-    """Draw a figure.
-
-    Args:
-        key, title, caption, description, head, rows: see :class:`Drawing`.
-        plot: draws on a matplotlib ``Figure``.
-        height: in pixels.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw a figure of ``height`` pixels; ``plot`` draws on a matplotlib ``Figure``."""
     svg = "" if os.environ.get("FISTAPRUNER_FIGURES") == "0" else _svg(key, plot, height)
     return Drawing(key, title, caption, description, svg, head, rows)
 

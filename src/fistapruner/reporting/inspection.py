@@ -15,12 +15,7 @@ __all__ = ["inspect", "inspection_text"]
 
 
 def inspection_text(found: Inspection, *, operators: bool = True) -> str:
-    """Write totals, claims and violations, after a table of the operators.
-
-    Args:
-        found: of a checkpoint.
-        operators: list the operators, too.
-    """
+    """Write totals, claims and violations, after a table of the operators."""
     rows = [
         (
             printable(operator.name),

@@ -119,12 +119,7 @@ def text_facts(found: Evaluation, before: Evaluation | None = None) -> list[Fact
 
 
 def task_facts(tasks: Sequence[TaskResult], before: Sequence[TaskResult] = ()) -> list[Fact]:
-    """List task scores, and their mean where there are several tasks.
-
-    Args:
-        tasks: scores of the result.
-        before: scores that the model had before training; only those on the same items are shown.
-    """
+    """List task scores, beside those before training on the same items, and the mean of several tasks."""
     earlier = {task.measured_on: task for task in before}
     facts = []
     for task in tasks:

@@ -23,11 +23,7 @@ TAGS = ["pruning", "sparsity", "fistapruner"]
 
 
 def model_card(report: Report) -> str:
-    """Write the model card: Markdown with a Hugging Face metadata block.
-
-    Args:
-        report: of the run; figures that are not in it are left out of the card.
-    """
+    """Write the model card: Markdown with a Hugging Face metadata block."""
     from ..models.build import auto_class_name  # imports torch, which pages do without
 
     listed = [fact for fact in facts(report) if fact.after not in ("", "–")]
@@ -109,9 +105,7 @@ def _metadata(report: Report) -> dict[str, Any]:
 def fact_table(found: Sequence[Fact], done: str) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return head and rows of a table of facts; columns in which nothing stands are left out.
 
-    Args:
-        found: the facts.
-        done: what the run has done to the model: the head of values that stand beside others.
+    What the run has done to the model, ``done``, is the head of values that stand beside others.
     """
     compared = any(fact.dense or fact.before for fact in found)
     head = ("measure", "dense", "before", done if compared else "value", "how")
@@ -163,11 +157,7 @@ def public_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page, as texts.
-
-    Args:
-        head, rows: cells; ``numeric``: columns that are set flush right.
-    """
+    """A table of a page, as texts; the columns ``numeric`` are set flush right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -194,13 +184,7 @@ class Section:
 
 
 def page(title: str, *, status: str, about: str, warnings: Sequence[str], sections: Sequence[Section]) -> str:
-    """Render a page: one file that loads nothing.
-
-    Args:
-        title: of the page; ``status``: of the run or comparison; ``about``: a line below the title.
-        warnings: sentences.
-        sections: in order.
-    """
+    """Render a page, one file that loads nothing; ``about`` is a line below its title."""
     shown = [each for each in sections if any(table.rows for table in each.tables) or each.figures or each.code]
     return render("page.html.j2", title=title, status=status, about=about, warnings=warnings, sections=shown)
 

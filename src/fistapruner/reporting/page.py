@@ -23,11 +23,7 @@ MOST_WARNINGS = 20
 
 
 def run_page(report: Report) -> str:
-    """Draw the page of a run, finished or not, as HTML.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw the page of a run, finished or not, as HTML."""
     done = f"{len(report.layers)} of {report.model.layers} decoder layers are done"
     if report.recovery is not None:
         done = f"{report.recovery.steps} of {report.recovery.asked_steps} steps are done"

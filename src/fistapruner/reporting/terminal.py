@@ -23,12 +23,7 @@ AGAIN = "running again"
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run or a comparison stands; printed as ``fistapruner status`` prints it.
-
-    Args:
-        text: for the terminal.
-        facts: JSON values.
-    """
+    """Where a run or a comparison stands; printed as ``fistapruner status`` prints it."""
 
     text: str
     facts: dict[str, Any]
@@ -82,10 +77,7 @@ def status_facts(report: Report, now: datetime | None = None, *, alive: bool | N
 
     The seconds left are an estimate from the time that the finished layers or steps took; None before the first one.
 
-    Args:
-        report: of the run, finished or not.
-        now: time that durations end at; the present by default.
-        alive: whether a process works on it now; None if that is not known.
+    Durations end at ``now``; ``alive`` says whether a process works on it, None if that is not known.
     """
     now = now or datetime.now(UTC)
     progress = _layer_facts(report, now) if report.recovery is None else _step_facts(report, report.recovery, now)
@@ -145,13 +137,7 @@ def _worked(report: Report, now: datetime) -> float:
 
 
 def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
-    """Write progress as text, with a line for every finished layer or every check on held-out windows.
-
-    Args:
-        report: of the run, finished or not.
-        alive: whether a process works on it now; None if that is not known.
-        now: time that durations end at; the present by default.
-    """
+    """Write :func:`status_facts` as text, with a line for each layer or check that is done."""
     found = status_facts(report, now, alive=alive)
     state, error = str(found["status"]), report.error
     if state == AGAIN:

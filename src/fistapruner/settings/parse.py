@@ -67,12 +67,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def read_assignments(texts: Iterable[str], origin: str) -> dict[str, Any]:
-    """Read ``["dense_target=0.5", "calibration.samples=64"]`` as nested settings, the values as YAML.
-
-    Args:
-        texts: the assignments; of several to one setting the last counts.
-        origin: where they stand, for messages.
-    """
+    """Read ``["dense_target=0.5", "calibration.samples=64"]`` as nested settings, the values as YAML."""
     settings: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -98,12 +93,7 @@ def shipped_recipes(verb: str = "prune") -> dict[str, str]:
 
 
 def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, Any]:
-    """Read the settings of a shipped recipe (``best``) or of a YAML file.
-
-    Args:
-        name_or_file: the recipe.
-        verb: whose recipe it is.
-    """
+    """Read the settings of a shipped recipe of a verb (``best``) or of a YAML file."""
     shipped = shipped_recipes(verb)
     if name_or_file in shipped:
         return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")

@@ -19,8 +19,6 @@ FEW = 0.2
 AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
 
-EXPECTED = "a share such as 25%, or mlp=20%,heads=1,experts=25% or some of these, is expected"
-
 
 def compensation_of(
     method: StructureMethod, compensate: Literal["auto", "refit", "bias", "none"]
@@ -73,7 +71,7 @@ class Remove(Settings):
         if isinstance(value, str) and "=" in value:
             return {name.strip(): amount for name, _, amount in (part.partition("=") for part in value.split(","))}
         if not isinstance(value, (Mapping, Remove)):
-            raise ValueError(EXPECTED)
+            raise ValueError("a share such as 25%, or mlp=20%,heads=1,experts=25% or some of these, is expected")
         return value
 
     @model_serializer
