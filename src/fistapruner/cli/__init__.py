@@ -194,10 +194,8 @@ def _signals() -> Iterator[list[int]]:
 
     A second SIGTERM ends the process at once. ``torchrun`` ends its processes with both signals, and at last kills
     them: there SIGHUP is left alone, and a second SIGTERM, which may come from what has sent the first one to all, does
-    not cut short that the run is left in order. Only the main thread can set signals.
-
-    Yields:
-        A list that is empty until SIGTERM comes.
+    not cut short that the run is left in order. Only the main thread can set signals. The list that is yielded is empty
+    until SIGTERM comes.
     """
     came: list[int] = []
     elastic = "TORCHELASTIC_RUN_ID" in os.environ

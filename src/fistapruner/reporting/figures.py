@@ -41,13 +41,9 @@ MOST_NAMES = 40
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page.
+    """A figure of the page, with the numbers behind it as a table of ``head`` and ``rows``.
 
-    Args:
-        key: short unique name; ``title``: heading above it; ``caption``: how to read it.
-        description: what is seen, for readers who cannot see it.
-        svg: markup, empty where figures are left out.
-        head, rows: the numbers behind it.
+    ``description`` says what is seen to readers who cannot see it; ``svg`` is empty where figures are left out.
     """
 
     key: str

@@ -168,11 +168,8 @@ class Table:
 class Section:
     """A part of a page; parts without content are not shown.
 
-    Args:
-        title: heading.
-        tables, figures: what it shows; ``note``: a sentence below them.
-        samples: prompts, each with the continuations of the models by name.
-        code: what is shown as it is, under what it is called; the long ones behind a click.
+    ``note`` is a sentence below its tables; ``samples`` are prompts, each with the continuations of the models by name;
+    ``code`` is shown as it is, under what it is called.
     """
 
     title: str

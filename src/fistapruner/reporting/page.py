@@ -129,7 +129,7 @@ def write_page(folder: str | Path) -> Path:
         The file that was written.
 
     Raises:
-        FistaPrunerError: the folder holds neither or a comparison of alignments, or its JSON is broken.
+        FistaPrunerError: the folder holds neither, or its JSON is broken.
         MissingExtraError: the extra ``report`` is not installed.
     """
     folder = Path(folder)

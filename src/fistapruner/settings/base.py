@@ -75,7 +75,7 @@ class Settings(BaseModel):
 
 
 class Texts(Settings):
-    """Base of the section that says which texts a run reads: one, or several by name; the recipe fills in its seed."""
+    """Base of the section with the texts of a run, one or several by name; ``seed`` is the recipe's."""
 
     source: Annotated[str | dict[str, str] | None, PATHS_TOO] = None
     seed: Seed = 0
