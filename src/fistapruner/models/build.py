@@ -103,12 +103,8 @@ def build_model(
 ) -> Any:
     """Build a checkpoint's language model, with its vision tower, without weights on the meta device.
 
-    Args:
-        checkpoint: the checkpoint.
-        trust_remote_code: run Python code that comes with it.
-        packed: build the model of a packed checkpoint, which is refused otherwise.
-        dtype: of its parameters; None takes the config's.
-        changes: of ``config.json``, as a JSON merge patch.
+    A packed checkpoint is refused unless ``packed``. The ``dtype`` is that of its parameters, None the config's;
+    ``changes`` are those of ``config.json``, as a JSON merge patch.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
@@ -247,11 +243,8 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str, instead: str) -> None:
     """Refuse to load a whole model that does not fit.
 
-    Args:
-        nbytes: of its weights, and of what is needed beside them.
-        device: where it would run.
-        limit: bytes of main memory that the process may use; None is what is free.
-        option: that asks for it, such as ``--calibration self``; ``instead``: what to do without it.
+    ``nbytes`` are those of its weights and of what is needed beside them, ``limit`` the bytes of main memory that the
+    process may use, ``option`` what asks for the model (``--calibration self``), ``instead`` what to do without it.
     """
     if nbytes > (left := _left(device, limit)):
         needed = f"{option} needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there"
@@ -268,13 +261,9 @@ def _left(device: torch.device, limit: int | None) -> int:
 def load_whole(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """Load a ``transformers`` model for forward passes, with the low-rank part of its checkpoint.
+    """Load a ``transformers`` model, dense or packed, with the low-rank part of its checkpoint.
 
-    Args:
-        folder: a Hugging Face folder, dense or packed.
-        device: where it runs.
-        dtype: of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
+    None as ``dtype`` is :func:`~fistapruner.runtime.numerics.pass_dtype` of the stored weights.
     """
     dtype = dtype or pass_dtype(Checkpoint.open(folder, allow_pickle=True).dtype, device)
     try:

@@ -150,9 +150,6 @@ class Checkpoint:
     Two kinds of names are made: by :meth:`take_apart` and :meth:`join`.
 
     Attributes:
-        folder: the folder.
-        config: ``config.json`` as a dictionary.
-        files: the weight files by name, in order.
         index: the index file's name, None for a single file.
         orders: tensors that :meth:`read` returns with the channels of a dimension reordered or rotated (see
             :mod:`fistapruner.models.links`); empty at first.
@@ -328,11 +325,9 @@ def _shards(folder: Path, index: str, kind: type[SafetensorsFile] | type[PickleF
 def reorder(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     """Return a tensor with the channels of one dimension in another order, or rotated.
 
-    Args:
-        tensor: any shape; ``dim``: the dimension.
-        order: for each new place the old index; or (blocks, channels, channels) orthogonal matrices, one for each block
-            of channels: the new channel j of a block is the sum over i of its old channel i times ``order[block, i,
-            j]``. A dimension that is a multiple of the blocks' channels has each of them so many times in a row.
+    The order has for each new place the old index; or is (blocks, channels, channels) orthogonal matrices, one for each
+    block of channels: the new channel j of a block is the sum over i of its old channel i times ``order[block, i, j]``.
+    A dimension that is a multiple of the blocks' channels has each of them so many times in a row.
     """
     if order.ndim == 1:
         return tensor.index_select(dim, order.to(tensor.device))

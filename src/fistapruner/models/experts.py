@@ -40,11 +40,9 @@ class ExpertLinear(nn.Linear):
 
 
 class Expert(nn.Module):
-    """One expert: linear modules that read its tokens, an activation, and ``down_proj``.
+    """One expert: linear modules that read its tokens, the activation of ``fused``, and ``down_proj``.
 
-    Args:
-        fused: the module of ``transformers`` whose activation joins what the linear modules return.
-        shapes: (outputs, inputs) of the linear modules, by name; that of ``down_proj`` is the last one.
+    ``shapes`` are (outputs, inputs) of the linear modules, by name; that of ``down_proj`` is the last one.
     """
 
     def __init__(self, fused: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -57,9 +55,8 @@ class Expert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the expert's output (tokens, n)."""
         outputs = [self.get_submodule(name)(tokens) for name in self.readers]
-        output: Tensor = self.get_submodule("down_proj")(
-            self.channels(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1))
-        )
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        output: Tensor = self.get_submodule("down_proj")(self.channels(joined))
         return output
 
     def channels(self, outputs: Tensor) -> Tensor:
@@ -72,9 +69,7 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """The experts of one mixture, called with the router's choice; each runs once, also on no token.
 
-    Args:
-        fused: the module of ``transformers``.
-        apart: the checkpoint has the parts of ``gate_up_proj`` apart.
+    With ``apart`` the checkpoint has the parts of ``gate_up_proj`` of the ``fused`` module apart.
 
     Attributes:
         skips: experts without tokens do not run; False at first.
@@ -144,16 +139,9 @@ def separate_experts(
 
     Mixtures that are stored or called in another way are left as they are.
 
-    Args:
-        model: the model.
-        layers_name: name of its list of decoder layers; ``layers``: these.
-        checkpoint: where a tensor holds the matrices of all experts, it is taken apart
-            (:attr:`~.checkpoint.Checkpoint.stacks`).
-        found: stored names of the model's tensors.
-        fewer: the model may have fewer experts than the checkpoint.
-
-    Returns:
-        The stored names of the model's tensors, with those of the new modules.
+    Where a stored tensor holds the matrices of all experts, the checkpoint takes it apart
+    (:attr:`~.checkpoint.Checkpoint.stacks`). With ``fewer`` the model may have fewer experts than the checkpoint.
+    Returns the stored names of the model's tensors, with those of the new modules.
     """
     from transformers.initialization import no_init_weights
 
@@ -184,11 +172,10 @@ def separate_experts(
 def _stored_matrices(
     fused: Any, full: str, checkpoint: Checkpoint, found: StoredNames
 ) -> tuple[list[Stack], dict[str, list[str]]]:
-    """Find how a checkpoint has the experts of a fused module: in tensors of all of them, or one by one.
+    """Find how a checkpoint has the experts of a fused module.
 
-    Returns:
-        The tensors of all experts; and by parameter of an expert, such as ``up_proj.weight``, the stored matrices, by
-        number of the expert; none where they are not found.
+    The result is the tensors of all experts, and the stored matrices by parameter (``up_proj.weight``) and number of
+    the expert; none where they are not found.
     """
     stacks, matrices = list[Stack](), dict[str, list[str]]()
     for key, _ in fused.named_parameters(recurse=False):

@@ -40,13 +40,7 @@ class _Stop(Exception):
 
 
 class LayerwiseModel:
-    """A model that runs with one decoder layer in memory.
-
-    Args:
-        checkpoint: the model's weights.
-        device: device of the passes.
-        dtype: precision of the passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype` of the checkpoint's.
-        trust_remote_code: run the checkpoint's own Python code.
+    """A model that runs with one decoder layer in memory; ``dtype`` is the precision of the passes.
 
     Attributes:
         low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
@@ -236,14 +230,6 @@ class LayerwiseModel:
                 shape = self.checkpoint.entry(self._sources[name]).shape
                 assign(self.model, name, held.detach().new_empty(shape, device="meta"))
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Record the input of the first decoder layer and the arguments of every decoder layer.
-
-        Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
-        (batch, seqlen, width).
-        """
-        return self._watch(tokens, torch.Tensor.detach)
-
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse token ids outside the model's vocabulary."""
         size = self.embedded_tokens
@@ -276,10 +262,7 @@ class LayerwiseModel:
     def run(self, index: int, hidden: Tensor, call: Call, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run loaded decoder layer ``index`` on (batch, seqlen, width) hidden states; return its output.
 
-        Args:
-            index: number of the layer.
-            hidden: what enters it; ``call``: its other arguments.
-            values: tensors to use in place of parameters, by name inside the layer.
+        ``values`` are used in place of parameters, by name inside the layer.
         """
         args, kwargs = call
         layer = self.layers[index]
@@ -299,10 +282,7 @@ class LayerwiseModel:
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute logits (batch, seqlen, vocabulary). Needs :meth:`embeddings_and_head`.
 
-        Args:
-            hidden: (batch, seqlen, width) output of the last decoder layer.
-            tokens: (batch, seqlen) token ids that ``hidden`` was computed from.
-            gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
+        ``hidden`` (batch, seqlen, width) is the last decoder layer's output, computed from ``tokens`` (batch, seqlen).
         """
         logits: Tensor = self._forward(tokens, lambda *_: self._returned(hidden), gradients=gradients).logits
         return logits
@@ -337,7 +317,7 @@ class LayerwiseModel:
     def _check_calls(self) -> None:
         """Check that layers receive the output of the layer before them, and no argument of the token ids."""
         with self.embeddings_and_head(head=False):
-            first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
+            first, second = (self.embed(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
         for index, (call, other) in enumerate(zip(first, second, strict=True)):
             values = {f"argument {number}": pair for number, pair in enumerate(zip(call[0], other[0], strict=True), 2)}
             values |= {repr(name): (value, other[1][name]) for name, value in call[1].items()}
@@ -345,8 +325,14 @@ class LayerwiseModel:
                 depends = "which depends on the token ids or on other layers"
                 raise self.unsupported(f"decoder layer {index} is given {what}, {depends}")
 
-    def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
-        """Record what :meth:`embed` returns; ``stand_in`` makes one for a layer's output from its input."""
+    def embed(
+        self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor] = torch.Tensor.detach
+    ) -> tuple[Tensor, list[Call]]:
+        """Record the input of the first decoder layer and the arguments of every decoder layer.
+
+        Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
+        (batch, seqlen, width); ``stand_in`` makes what takes the place of a layer's output from its input.
+        """
         self.check_tokens(tokens)
         calls: list[Call] = []
         first: list[Tensor] = []

@@ -55,25 +55,21 @@ class Link:
 
     def by_block(self, values: Tensor) -> Tensor:
         """Rearrange ``values`` (m, columns) of the consumer by block: (blocks, m * repeats, channels)."""
-        return (
-            values.view(len(values), self.blocks, self.repeats, self.channels)
-            .transpose(0, 1)
-            .reshape(self.blocks, -1, self.channels)
-        )
+        parts = values.view(len(values), self.blocks, self.repeats, self.channels)
+        return parts.transpose(0, 1).reshape(self.blocks, -1, self.channels)
 
     def places(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """Return the old position of each row of the producers and of each column of the consumer.
 
-        Args:
-            order: (blocks, channels) old place inside its block of each new channel; or (blocks, channels, channels)
-                rotations, which are the same for rows and columns.
+        The order is (blocks, channels): the old place inside its block of each new channel; or (blocks, channels,
+        channels) rotations, which are the same for rows and columns.
         """
         order = order.cpu()
         if order.ndim == 3:
             return order, order
-        rows = order + self.channels * torch.arange(self.blocks)[:, None]
-        columns = (
-            order.repeat_interleave(self.repeats, 0) + self.channels * torch.arange(self.blocks * self.repeats)[:, None]
+        rows, columns = (
+            order.repeat_interleave(times, 0) + self.channels * torch.arange(self.blocks * times)[:, None]
+            for times in (1, self.repeats)
         )
         return rows.reshape(-1), columns.reshape(-1)
 

@@ -62,13 +62,8 @@ def journaled_factors(layers: Iterable[SafetensorsFile]) -> LazyTensors:
 def write_adapter(folder: Path, factors: LazyTensors, rank: int, *, transposed: bool) -> dict[str, Any]:
     """Write the low-rank parts of all operators as a LoRA adapter, in place of an earlier one.
 
-    Args:
-        folder: ``RUN/adapter``; other files in it are refused.
-        factors: by name in the model; ``rank``: of all.
-        transposed: the model stores operators as (inputs, outputs), as GPT-2 does.
-
-    Returns:
-        What the checkpoint's record says of it: rank, weights, bytes and checksum.
+    The factors are by name in the model, which stores ``transposed`` operators as (inputs, outputs), as GPT-2 does.
+    Returns what the checkpoint's record says of the adapter: rank, weights, bytes and checksum.
     """
     remove_adapter(folder)
     found = factors.entries.values()
@@ -109,11 +104,8 @@ def remove_adapter(folder: Path) -> None:
 class LowRankAdapter:
     """The low-rank part that belongs to a checkpoint; its tensors are on disk until they are read.
 
-    It is refused where it is gone, damaged, or not the one that the checkpoint's record claims.
-
-    Attributes:
-        factors: A and B of every operator, by :data:`A` and :data:`B` behind its name in the model.
-        sampled: checksum of the file.
+    It is refused where it is gone, damaged, or not the one that the checkpoint's record claims. ``factors`` are A and B
+    of every operator, by :data:`A` and :data:`B` behind its name in the model.
     """
 
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ CONCATENATED = ["Concatenate"]
 class StoredNames:
     """What a checkpoint calls the tensors of a model, by the model's names.
 
-    Args:
+    Attributes:
         whole: parameters and buffers that are stored as they are, in the model's order.
         experts: of a tensor of all experts, for each matrix of an expert (gate and up, or down) its stored names, by
             number of the expert.
@@ -46,11 +46,7 @@ def stored_names(model: Any, stored: Collection[str]) -> StoredNames:
     """Find what a checkpoint calls the parameters and persistent buffers of a model.
 
     Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models with
-    one more. Tensors that are not found are left out.
-
-    Args:
-        model: transformers model, may be on the meta device.
-        stored: tensor names in a checkpoint.
+    one more. Tensors that are not found are left out. The model may be on the meta device.
     """
     known: dict[str, str] = {name: name for name in stored}
     experts: defaultdict[str, dict[tuple[int, int], str]] = defaultdict(dict)

@@ -72,9 +72,7 @@ Group = tuple[Operator, ...]
 class OutputProjection:
     """The operator whose output a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
 
-    Args:
-        operator: its name inside the decoder layer.
-        others: number of None after the output in the tuple that the child returns; None where it returns no tuple.
+    After the output, the child returns a tuple with so many ``others``, which are None; None where it is no tuple.
     """
 
     operator: str
@@ -335,11 +333,7 @@ def _residual_writers(
     """Find the operators whose output is only added to the residual stream; none if more is added.
 
     Noise on such an output, with the outputs of later operators fixed, appears unchanged in the layer's output.
-
-    Args:
-        layer: the layer; ``run`` runs it again.
-        hidden: its input; ``out``: its output.
-        answers: output of each operator, in execution order.
+    ``answers`` are the operators' outputs, in execution order.
     """
     found = []
     names = list(answers)

@@ -76,12 +76,7 @@ def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Non
 def recorded_claims(record: Mapping[str, Any], entries: Container[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Read a record's claims about operators, by stored names, which may leave out ``.weight``.
 
-    Args:
-        record: of :func:`read_pruning_record`.
-        entries: names of the checkpoint's tensors.
-
-    Returns:
-        Claims by tensor name, and one sentence for every claim about a missing tensor.
+    The second result is one sentence for every claim about a tensor that is not among ``entries``.
     """
     claims, lost = {}, []
     for name, claim in record.get("operators", {}).items():

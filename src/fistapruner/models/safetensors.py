@@ -132,14 +132,9 @@ def safetensors_writer(
     Tensors may be written in any order; memory holds one at a time. When the block raises, or the disk is full, nothing
     is left behind.
 
-    Args:
-        path: the file to make.
-        entries: the tensors that will be written. The header lists them in this order; their bytes are laid out by
-            falling item size, so that every tensor is aligned.
-        metadata: strings for ``__metadata__``; ``{"format": "pt"}`` is what transformers expects.
-
-    Yields:
-        A function that writes the tensor of a name, from any device.
+    The header lists the entries in their order; their bytes are laid out by falling item size, so that every tensor is
+    aligned. The metadata ``{"format": "pt"}`` is what transformers expects. The block is given a function that writes
+    the tensor of a name, from any device.
     """
     promised = {entry.name: entry for entry in entries}
     places, end = {}, 0

@@ -135,7 +135,7 @@ def resolve_model(
     trust_remote_code: bool = False,
     download: Callable[..., str] | None = None,
 ) -> Path:
-    """Find a model on this machine, or download it.
+    """Find a model on this machine, or download it; return its folder.
 
     Args:
         model: a local Hugging Face folder, a run directory, a GGUF file (it is de-quantised to bf16), a hub id such as
@@ -144,13 +144,6 @@ def resolve_model(
         allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
         trust_remote_code: download the hub model's Python files too.
         download: downloads a hub model; None is ``huggingface_hub.snapshot_download``.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FistaPrunerError: no such file, a path that is not UTF-8, unknown or gated hub id, no network, no weights that
-            may be read, a damaged GGUF file.
     """
     text = path_text("model", model, A_MODEL)
     path = Path(text)
