@@ -263,7 +263,7 @@ def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) ->
 
 
 def test_kept_states_give_the_same_figures_and_their_model_runs_once(tmp_path: Path) -> None:
-    """As reference and alone, and in another precision."""
+    """As reference and alone; other windows are not mixed up with them."""
     folders = [tiny.save("llama", tmp_path / name, seed=seed) for seed, name in enumerate(("dense", "one", "two"))]
     dense, one, two = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for folder in folders)
     tokens = torch.arange(5 * 16).remainder(dense.vocabulary).view(5, 16)
@@ -280,10 +280,13 @@ def test_kept_states_give_the_same_figures_and_their_model_runs_once(tmp_path: P
     assert run.count("decoder layers of dense") == 1
     assert torch.equal(alone[0], expected[0][1])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    others = tokens[:2].flip(1)
+    other = score_windows(one, others, dense, kept=kept, **settings)
+    assert torch.equal(other, score_windows(one, others, dense, **settings))
     assert (tmp_path / "states").exists()
     half = LayerwiseModel(Checkpoint.open(folders[0]), torch.device("cpu"), torch.bfloat16)  # of the same folder
-    rounded = score_windows(half, tokens, kept=kept, **settings)
-    assert torch.equal(rounded, score_windows(half, tokens, **settings))
+    rounded = score_windows(half, others, kept=kept, **settings)
+    assert torch.equal(rounded, score_windows(half, others, **settings))
     kept.close()
     assert not (tmp_path / "states").exists()
 

@@ -39,17 +39,18 @@ log = logging.getLogger("fistapruner")
 
 
 class KeptStates:
-    """Keep a model's last hidden states on the same windows in a file, so that it runs only once."""
+    """Keep a model's last hidden states in a file, so that it runs once for many others."""
 
     def __init__(self, model: Path, file: Path) -> None:
         self.model, self._file = model, file
         self._states: HiddenStates | None = None
+        self._tokens = torch.empty(0)
 
     def of(self, model: LayerwiseModel, tokens: Tensor, batch_size: int | None, tick: Tick) -> HiddenStates:
         """Return the states of (windows, seqlen) tokens, computed if need be."""
-        if self._states is None or self._states.dtype != model.dtype:
+        if self._states is None or self._states.dtype != model.dtype or not torch.equal(self._tokens, tokens):
             self.close()
-            self._states = HiddenStates((*tokens.shape, model.width), model.dtype, self._file)
+            self._states, self._tokens = HiddenStates((*tokens.shape, model.width), model.dtype, self._file), tokens
             _run(model, tokens, batch_size, tick, self._states)
         return self._states
 

@@ -20,7 +20,7 @@ from ..reporting.measured import speeds_text
 from ..reporting.model_card import model_card
 from ..reporting.page import write_page
 from ..runs.directory import CARD, RunDirectory, finished_run
-from ..runs.lineage import dense_of, input_run, update_stage, write_lineage
+from ..runs.lineage import Dense, dense_of, input_run, update_stage, write_lineage
 from ..runs.log import Listener, hold
 from ..runs.records import DONE, Evaluation, Generation, Report, is_run, load_run
 from ..runs.settled import EvaluationRequest, absolute, changed_files
@@ -47,9 +47,8 @@ NEW_TOKENS = 32
 """Tokens that continue a prompt."""
 
 
-def _dense_folder(run: RunDirectory) -> Path | None:
+def _folder_of(dense: Dense | None) -> Path | None:
     """Return the folder of the dense model; None where it is not known, or gone."""
-    dense = dense_of(run)
     return dense.folder if dense is not None and dense.folder.exists() else None
 
 
@@ -59,18 +58,18 @@ def _before(run: RunDirectory) -> Path | None:
     return None if record is None or record.kind == "prune" else record.decision.folder
 
 
-def _missing(run: RunDirectory) -> str:
+def _missing(dense: Dense | None) -> str:
     """Say why there is no dense model."""
-    dense = dense_of(run)
     return "is not known" if dense is None else f"is not at {dense.folder}"
 
 
 def _reference(run: RunDirectory, permissions: Permissions, named: str | None = None) -> str | Path:
     """Return the dense model, where a user has named it or where it was; one with other files is refused."""
-    dense, model = dense_of(run), named or _dense_folder(run)
+    dense = dense_of(run)
+    model = named or _folder_of(dense)
     if model is None:
         raise FistaPrunerError(
-            f"{run.folder}: the model it was made from {_missing(run)}: say where it is with --against"
+            f"{run.folder}: the model it was made from {_missing(dense)}: say where it is with --against"
         )
     if dense is not None and dense.stamps and (why := changed_files(dense.stamps, permissions.find(model))):
         other = shell_line("evaluate", run.model, "--against", model)
@@ -124,10 +123,11 @@ def _evaluated(
 ) -> bool:
     """Measure what the report does not have, for :func:`measure`; return whether there was anything."""
     assert report.calibration is not None
-    dense = _dense_folder(run)
+    noted = dense_of(run)
+    dense = _folder_of(noted)
     if dense is None and not any(found.reference for found in report.evaluations):
         add = shell_line("evaluate", run.folder, "--against", "DENSE")
-        listener.say(f"no figures of the dense model, which {_missing(run)}: '{add}' adds them")
+        listener.say(f"no figures of the dense model, which {_missing(noted)}: '{add}' adds them")
     settled = run.begun_record().decision.evaluation
     own = settled is None or settled.data != request.data  # else it was compared before the long work
     for warning in seen_texts(report, request.data, own=own):
@@ -157,7 +157,7 @@ def _evaluated(
 def _samples(run: RunDirectory, execution: Execution, permissions: Permissions, listener: Listener) -> list[Generation]:
     """Continue a few prompts with the dense model, the run's result, and the model before training."""
     before = _before(run)
-    models = {"dense": _dense_folder(run), "pruned": before or run.model}
+    models = {"dense": _folder_of(dense_of(run)), "pruned": before or run.model}
     models |= {} if before is None else {"recovered": run.model}
     there = {name: folder for name, folder in models.items() if folder is not None and folder.exists()}
     try:

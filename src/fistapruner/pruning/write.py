@@ -281,7 +281,8 @@ def finish(
             "operators": record["operators"],
             "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
         }
-        documents = model_documents(model_card(report), {**own, **record, **own})
+        more = {key: value for key, value in record.items() if key not in own}
+        documents = model_documents(model_card(report), own | more)
         write_checkpoint(out=run.model, documents=documents, **changes)
     if not whole or run.model_record() is None:  # a kill came between the two
         run.write_model_record(fingerprint)
