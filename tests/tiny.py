@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,13 @@ def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) 
     with pytest.raises(KeyboardInterrupt):
         fp.prune(model, out, listener=Stops(layers), **settings)
     return load_run(Path(out))
+
+
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def weights(run: Path) -> dict[str, bytes]:

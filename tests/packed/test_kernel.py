@@ -217,10 +217,11 @@ def test_inputs_of_another_width_are_refused(level, shape) -> None:
             refusing(torch.ones(shape).bfloat16())
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("packed", torch.bfloat16), ("packed", torch.float32), ("dense", torch.bfloat16)]
-)
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_bias_changed_in_any_way_is_used(kind, dtype) -> None:
+    if kind == "dense" and dtype == torch.float32 and kernel.best_level() < kernel.DENSE_LEVEL:
+        pytest.skip("torch's own product takes no bias in fp32 beside bf16 weights")
     weight, bias = vectors(0, 40, 64).bfloat16(), vectors(1, 40).to(dtype)
     layer: torch.nn.Module = SparseLinear(pack_operator(weight), bias.clone())
     if kind == "dense":

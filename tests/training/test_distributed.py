@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -48,9 +47,7 @@ class Pair:
     """Two processes of one run, forked from a server that has imported PyTorch; as torchrun would start them."""
 
     def __init__(self, arguments: list[str], said: Path, before: Callable[[], None] | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = tiny.free_port()
         self.files = [said.with_name(f"{said.name}-{rank}") for rank in range(2)]
         self.processes = [
             FORKS.Process(target=process, args=(rank, port, arguments, str(self.files[rank]), before))

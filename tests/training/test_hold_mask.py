@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -338,9 +337,7 @@ def parallel_training(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     torch.multiprocessing.spawn(parallel_training, (port, tmp_path), nprocs=2)
     whole = pruned(intermediate_size=49)
     before = zeros(whole)
