@@ -175,7 +175,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fistapruner.models.safetensors import TensorEntry, safetensors_writer
+    from fistapruner.models.safetensors import LazyTensors, TensorEntry, write_tensors
 
     folder.mkdir(parents=True)
     settings = {
@@ -197,12 +197,14 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
     if holes:
         write_holes(folder / "model.safetensors", entries)
         return folder
-    with safetensors_writer(folder / "model.safetensors", entries, {"format": "pt"}) as write:
-        for name, sizes in names.items():
-            tensor = (
-                torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
-            )
-            write(name, tensor.to(torch.bfloat16))
+
+    def drawn(name: str) -> torch.Tensor:
+        sizes = names[name]
+        tensor = torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
+        return tensor.to(torch.bfloat16)
+
+    tensors = LazyTensors({entry.name: entry for entry in entries}, drawn)
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_tokenizer(folder)
     return folder
 

@@ -330,7 +330,7 @@ class _Rows:
             command=self.command,
             tokens=self.drawn.get(_drawing(recipe)),
             source=self.source,
-            **self.source.permissions.keywords(),
+            **vars(self.source.permissions),
         )
         if self._evaluation(report) is None:
             self.listener.say(f"evaluating on {self.text.data}")
@@ -343,7 +343,7 @@ class _Rows:
                 memory_limit=recipe.execution.memory_limit,
                 tick=self.listener.tick,
                 kept=self.states,
-                **self.source.permissions.keywords(),
+                **vars(self.source.permissions),
             )
             report.evaluations.append(measured)
             publish(run, report, Listener())  # pruning has named the report already

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-from fistapruner.models.safetensors import safetensors_writer
+from fistapruner.models.safetensors import write_tensors
 from fistapruner.models.write import checkpoint_folder, write_checkpoint
 from fistapruner.runtime.files import sha256_file, unfinished
 
@@ -231,9 +231,9 @@ def test_bad_pickles_are_named(tmp_path: Path) -> None:
 def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> None:
     source, out = Checkpoint.open(single), tmp_path / "out"
     cases: list[tuple[str, Any, dict[str, Any]]] = [
-        ("the new tensor is", lambda _: torch.zeros(1), {}),
+        ("the header promises", lambda _: torch.zeros(1), {}),
         ("cannot hold", lambda name: source.read(name).double() * 1e300, {}),
-        (r"lm_head\.weight: the new tensor is missing, \[8, 32\] is", nothing, {"lm_head.weight": (8, 32)}),
+        (r"'lm_head.weight' is .*\(64, 32\)\), the header promises .*\(8, 32\)", nothing, {"lm_head.weight": (8, 32)}),
         (r"needs 64\.0 TiB and only .* are free", nothing, {"lm_head.weight": (2**40, 32)}),
     ]
     for said, replacement, shapes in cases:
@@ -359,9 +359,7 @@ def test_what_a_killed_attempt_left_does_not_count_as_used_space(
     leave(unfinished(tmp_path / "new"))
     write_checkpoint(source, tmp_path / "new", nothing)
     (tmp_path / "new" / "model.safetensors").rename(tmp_path / "file.partial")
-    with safetensors_writer(tmp_path / "file", source.stored) as write:
-        for name in source.names():
-            write(name, source.read(name))
+    write_tensors(tmp_path / "file", {name: source.read(name) for name in source.names()})
     with (
         pytest.raises(FistaPrunerError, match=rf"{tmp_path / 'more'} needs .* free"),
         checkpoint_folder(tmp_path / "more", size),

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,8 @@ from packaging.version import Version
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import PickleFile
-from fistapruner.models.gguf import open_gguf
-from fistapruner.models.safetensors import DTYPES, SafetensorsFile, TensorEntry, safetensors_writer, write_tensors
+from fistapruner.models.gguf import convert_gguf
+from fistapruner.models.safetensors import DTYPES, LazyTensors, SafetensorsFile, TensorEntry, write_tensors
 from fistapruner.models.source import load_tokenizer
 from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
 
@@ -78,9 +79,7 @@ def test_agrees_with_the_reference_library_both_ways(
     assert all(_same(theirs.read(name), tensor) for name, tensor in tensors.items())
 
     entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with safetensors_writer(folder / "ours.safetensors", entries, {"format": "pt", "note": "ünïcode"}) as write:
-        for name in reversed(list(tensors)):
-            write(name, tensors[name])
+    write_tensors(folder / "ours.safetensors", reversed(tensors.items()), {"format": "pt", "note": "ünïcode"}, entries)
     loaded = safetensors.torch.load_file(folder / "ours.safetensors")
     assert all(_same(loaded[name], tensor) for name, tensor in tensors.items())
     ours = SafetensorsFile(folder / "ours.safetensors")
@@ -131,7 +130,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     for read in (
         lambda: SafetensorsFile(tmp_path / "model.safetensors"),
         lambda: PickleFile(tmp_path / "pytorch_model.bin"),
-        lambda: open_gguf(tmp_path / "model.gguf"),
+        lambda: convert_gguf(tmp_path / "model.gguf", tmp_path / "out"),
         lambda: load_tokenizer(tmp_path),
     ):
         with pytest.raises(FistaPrunerError, match=r"is not the file itself but a pointer of git-lfs .*'git lfs pull'"):
@@ -151,12 +150,14 @@ ENTRY = TensorEntry.of("a", torch.float32, (2,))
 
 
 def test_writer_leaves_nothing_half_done(tmp_path: Path) -> None:
-    with pytest.raises(FistaPrunerError, match="never written"), safetensors_writer(tmp_path / "x", [ENTRY]):
-        pass
-    with pytest.raises(FistaPrunerError, match="promises"), safetensors_writer(tmp_path / "x", [ENTRY]) as write:
-        write("a", torch.zeros(3))
-    with pytest.raises(KeyboardInterrupt), safetensors_writer(tmp_path / "x", [ENTRY]):
+    def interrupted() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(2)
         raise KeyboardInterrupt
+
+    with pytest.raises(FistaPrunerError, match="promises"):
+        write_tensors(tmp_path / "x", LazyTensors({"a": ENTRY}, lambda _: torch.zeros(3)))
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "x", interrupted(), entries=[ENTRY])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,8 +172,8 @@ def test_full_disk_keeps_the_old_file_and_says_where(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(FistaPrunerError, match="disk is full") as caught, safetensors_writer(path, [ENTRY]) as write:
-        write("a", torch.zeros(2))
+    with pytest.raises(FistaPrunerError, match="disk is full") as caught:
+        write_tensors(path, {"a": torch.zeros(2)})
     assert str(path) in str(caught.value)
     with pytest.raises(FistaPrunerError, match="disk is full"):
         write_text_atomic(path, "new")
@@ -184,8 +185,8 @@ def test_full_disk_keeps_the_old_file_and_says_where(tmp_path: Path, monkeypatch
 def test_space_is_checked_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing space is said even where both sizes read the same."""
     huge = TensorEntry.of("a", torch.float32, (2**50,))
-    with pytest.raises(FistaPrunerError, match=r"only .* are free"), safetensors_writer(tmp_path / "x", [huge]):
-        raise AssertionError("must not begin")
+    with pytest.raises(FistaPrunerError, match=r"only .* are free"):
+        write_tensors(tmp_path / "x", LazyTensors({"a": huge}, lambda _: pytest.fail("must not begin")))
     require_space(tmp_path / "not" / "yet" / "there", 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=92 * 2**10))
     for needed, said in (

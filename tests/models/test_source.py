@@ -18,7 +18,17 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.source import UNTRUSTED, ModelSource, default_cache, load_tokenizer, resolve_model, small_model
+from fistapruner.models.source import (
+    UNTRUSTED,
+    ModelSource,
+    Permissions,
+    default_cache,
+    load_tokenizer,
+    resolve_model,
+    small_model,
+)
+
+HUB = "huggingface_hub.snapshot_download"
 
 
 def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,9 +42,10 @@ def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent", "a/b/c", "model.gguf", "a b", "", "x\n"])
-def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
+def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HUB, lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
-        resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
+        resolve_model(name)
 
 
 def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
@@ -46,7 +57,7 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FistaPrunerError, match=r"mod\\udce8le.* is not a UTF-8 path, .*: rename it$"):
             resolve_model(path)
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-    with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
+    with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is damaged or no GGUF file"):
         resolve_model(tmp_path / "link" / "m.gguf")
 
 
@@ -94,7 +105,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
         resolve_model(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").write_bytes(b"x")
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-    with pytest.raises(FistaPrunerError, match="not a GGUF file"):
+    with pytest.raises(FistaPrunerError, match="no GGUF file"):
         resolve_model(tmp_path / "model.gguf")
 
 
@@ -123,12 +134,13 @@ def _hub_error(kind: type[Exception]) -> Exception:
         (OSError("disk\nfailed"), "cannot be downloaded from the hub: disk failed"),
     ],
 )
-def test_hub_errors_are_one_line(error: Exception, words: str) -> None:
+def test_hub_errors_are_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise error
 
+    monkeypatch.setattr(HUB, fail)
     with pytest.raises(FistaPrunerError, match=words) as caught:
-        resolve_model("someone/some-model", download=fail)
+        resolve_model("someone/some-model")
     assert "someone/some-model" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -146,21 +158,22 @@ def _hub(folder: Path, asked: list[list[str]], files: tuple[str, ...]) -> Callab
 def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     asked: list[list[str]] = []
-    empty = _hub(tmp_path, asked, ())
+    monkeypatch.setattr(HUB, _hub(tmp_path, asked, ()))
     with pytest.raises(
         FistaPrunerError, match=r"'a/b' has no safetensors: .* --allow-pickle; .*'hf download a/b FILE\.gguf"
     ):
-        resolve_model("a/b", download=empty)
+        resolve_model("a/b")
     assert not any("bin" in pattern or "py" in pattern for pattern in asked[0])
-    resolve_model("a/b", allow_pickle=True, trust_remote_code=True, download=empty)
+    resolve_model("a/b", Permissions(allow_pickle=True, trust_remote_code=True))
     assert "*.py" in asked[1]
     assert "pytorch_model*.bin" in asked[2]
     asked.clear()
-    resolve_model("a/b", allow_pickle=True, download=_hub(tmp_path, asked, ("model.safetensors",)))
+    monkeypatch.setattr(HUB, _hub(tmp_path, asked, ("model.safetensors",)))
+    resolve_model("a/b", Permissions(allow_pickle=True))
     assert len(asked) == 1
 
 
-def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
+def test_every_file_that_is_copied_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "license", "Licence.md", "COPYING.LESSER"]
     kept += ["USE_POLICY.md", "ACCEPTABLE_USE_POLICY.md", "notice", "README.md", "chat_template.jinja"]
     kept += ["additional_chat_templates/rag.jinja"]
@@ -179,13 +192,16 @@ def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
-    resolve_model("a/b", download=snapshot)
+    monkeypatch.setattr(HUB, snapshot)
+    resolve_model("a/b")
     assert found == kept
 
 
 @pytest.mark.parametrize("record", ["fistapruner.json", "packed.json"])
 @pytest.mark.parametrize("low_rank", [True, False])
-def test_the_low_rank_part_is_downloaded_with_a_model_that_has_one(tmp_path: Path, record: str, low_rank: bool) -> None:
+def test_the_low_rank_part_is_downloaded_with_a_model_that_has_one(
+    tmp_path: Path, record: str, low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     about: dict[str, object] = {"low_rank": {"rank": 4}} if low_rank else {}
     adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     other = ["adapter/README.md", "other/adapter_config.json", "other/adapter/adapter_config.json"]
@@ -197,7 +213,8 @@ def test_the_low_rank_part_is_downloaded_with_a_model_that_has_one(tmp_path: Pat
         (tmp_path / record).write_text(json.dumps({"record": about} if record == "packed.json" else about), "utf-8")
         return str(tmp_path)
 
-    assert resolve_model("a/b", download=snapshot) == tmp_path
+    monkeypatch.setattr(HUB, snapshot)
+    assert resolve_model("a/b") == tmp_path
     assert found == ["model.safetensors", record, *(adapter if low_rank else [])]
 
 

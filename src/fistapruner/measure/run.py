@@ -142,7 +142,7 @@ def _evaluated(
         batch_size=execution.batch_size,
         memory_limit=execution.memory_limit,
         tick=listener.tick,
-        **permissions.keywords(),
+        **vars(permissions),
     )
     texts = [one for one in report.evaluations if one.perplexity and one.perplexity.text_sha256 == cut.sha256]
     if not texts:
@@ -194,7 +194,7 @@ def generate_side_by_side(
     for number, (name, source) in enumerate(sources.items()):
         tick("models that have continued the sample prompts", number, len(models))
         tokenizer = source.tokenizer()
-        model = load_whole(source.folder, device, trust_remote_code=source.trust_remote_code)
+        model = load_whole(source.folder, device, trust_remote_code=source.permissions.trust_remote_code)
         for each in found:
             ids = tokenizer(each.prompt, return_tensors="pt", return_attention_mask=True).to(device)
             # A tokenizer may return more, such as token_type_ids, which generate() refuses.

@@ -31,16 +31,12 @@ SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshe
 
 
 def open_gguf(path: Path) -> Any:
-    """Read the header of a GGUF file; refuse one that is damaged, or a part of several."""
+    """Read the header of a GGUF file; refuse one that is a part of several."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from None
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # the package raises whatever a damaged header makes of it
-        refuse_lfs_pointer(path)
-        raise FistaPrunerError(f"{path} is truncated, damaged or not a GGUF file: {one_line(error)}") from None
+    reader = GGUFReader(path)
     if (count := _value(reader, "split.count", 1)) > 1:
         raise FistaPrunerError(
             f"{path} is part {_value(reader, 'split.no', 0) + 1} of {count}: join them with 'llama-gguf-split --merge "
@@ -58,9 +54,10 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    reader = open_gguf(path)
+    with faults_named(path):
+        reader = open_gguf(path)
     space = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors) * dtype.itemsize
-    with checkpoint_folder(out, space) as partial, transformers_faults(path), temporary_folder() as alone:
+    with checkpoint_folder(out, space) as partial, faults_named(path), temporary_folder() as alone:
         if fault := _fault(reader):
             raise FistaPrunerError(f"{path} {fault}: take the model's Hugging Face checkpoint")
         # In a folder of its own, because transformers takes a tokenizer that lies beside the file.
@@ -109,15 +106,16 @@ def _fault(reader: Any) -> str | None:
 
 
 @contextmanager
-def transformers_faults(path: Path) -> Iterator[None]:
+def faults_named(path: Path) -> Iterator[None]:
     """Turn any error of ``transformers`` or ``gguf`` into one line that names the file."""
     try:
         yield
     except FistaPrunerError:
         raise
-    except Exception as error:  # whatever a file makes of a configuration, a tokenizer or an array
+    except Exception as error:  # whatever a file makes of a header, a configuration, a tokenizer or an array
         import transformers
 
+        refuse_lfs_pointer(path)
         reason = f"it has no key {error}" if isinstance(error, KeyError) else one_line(error) or type(error).__name__
-        version = transformers.__version__
-        raise FistaPrunerError(f"{path} cannot be converted with transformers {version}: {reason}") from error
+        unread = f"{path} is damaged or no GGUF file, or transformers {transformers.__version__} cannot convert it"
+        raise FistaPrunerError(f"{unread}: {reason}") from error

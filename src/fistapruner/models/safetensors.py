@@ -10,7 +10,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -123,20 +122,23 @@ class SafetensorsFile:
         return buffer.view(entry.dtype).view(entry.shape)
 
 
-@contextmanager
-def safetensors_writer(
-    path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
-) -> Iterator[Callable[[str, Tensor], None]]:
-    """Write a safetensors file tensor by tensor; it appears only when all tensors are written.
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    entries: Iterable[TensorEntry] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor; it appears when all are written, or not at all.
 
-    Tensors may be written in any order; memory holds one at a time. When the block raises, or the disk is full, nothing
-    is left behind.
-
-    The header lists the entries in their order; their bytes are laid out by falling item size, so that every tensor is
-    aligned. The metadata ``{"format": "pt"}`` is what transformers expects. The block is given a function that writes
-    the tensor of a name, from any device.
+    The header lists the tensors in their order, which for pairs of names and tensors, in any order, is that of the
+    ``entries``; :class:`LazyTensors` are read once. Bytes are laid out by falling item size, so that every tensor is
+    aligned. The metadata ``{"format": "pt"}`` is what transformers expects.
     """
-    promised = {entry.name: entry for entry in entries}
+    if isinstance(tensors, LazyTensors):
+        entries = tensors.entries.values()
+    elif isinstance(tensors, Mapping):
+        entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    promised = {entry.name: entry for entry in entries or ()}
     places, end = {}, 0
     for entry in sorted(promised.values(), key=lambda entry: -entry.dtype.itemsize):
         places[entry.name] = end
@@ -147,35 +149,16 @@ def safetensors_writer(
         header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start, missing = 8 + len(text), set(promised)
-    with atomic_file(path) as descriptor:  # empties the file of a killed attempt, whose space counts as free
-
-        def write(name: str, tensor: Tensor) -> None:
-            entry = promised.get(name)
-            if entry is None or (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
-                wanted = "nothing of that name" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-                found = f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}"
-                raise FistaPrunerError(f"{path}: {found}, the header promises {wanted}")
+    start = 8 + len(text)
+    with atomic_file(Path(path)) as descriptor:  # empties the file of a killed attempt, whose space counts as free
+        require_space(Path(path), start + end)
+        write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            found, wanted = (tensor.dtype, tuple(tensor.shape)), (promised[name].dtype, promised[name].shape)
+            if found != wanted:
+                raise FistaPrunerError(f"{path}: tensor {name!r} is {found}, the header promises {wanted}")
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             write_all(descriptor, data.numpy().data, start + places[name])
-            missing.discard(name)
-
-        require_space(path, start + end)
-        write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
-        yield write
-        if missing:
-            raise FistaPrunerError(f"{path}: tensor {min(missing)!r} was never written")
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, in their order; :class:`LazyTensors` are read once."""
-    if isinstance(tensors, LazyTensors):
-        entries = list(tensors.entries.values())
-    else:
-        entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with safetensors_writer(Path(path), entries, metadata) as write:
-        for name, tensor in tensors.items():
-            write(name, tensor)
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:

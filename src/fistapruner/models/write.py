@@ -29,7 +29,7 @@ from ..runtime.files import (
     write_text_atomic,
 )
 from .checkpoint import INDEX, Checkpoint, WeightFile
-from .safetensors import TensorEntry, safetensors_writer
+from .safetensors import TensorEntry, write_tensors
 
 
 def write_checkpoint(
@@ -69,9 +69,8 @@ def write_checkpoint(
     with checkpoint_folder(out, sum(entry.nbytes for entries in shards.values() for entry in entries)) as partial:
         for stored, entries in shards.items():
             name, metadata = safetensors_name(stored), source.files[stored].metadata
-            with safetensors_writer(partial / name, entries, metadata or {"format": "pt"}) as write:
-                for entry in entries:
-                    write(entry.name, _tensor(source, source.files[stored], entry, replacement))
+            tensors = ((each.name, _tensor(source, source.files[stored], each, replacement)) for each in entries)
+            write_tensors(partial / name, tensors, metadata or {"format": "pt"}, entries)
             written[name] = sha256_file(partial / name)
         copy_companions(source, partial)
         config = merge_patch(source.config, config_changes or {})
@@ -98,11 +97,8 @@ def _tensor(
         tensor = None
         if changed or any(part is not None for part in parts.values()):
             tensor = stack.joined([source.read(name) if part is None else part for name, part in parts.items()])
-    if tensor is None and not changed:
+    if tensor is None:
         return file.read(entry.name)
-    if tensor is None or tuple(tensor.shape) != entry.shape:
-        found = "missing" if tensor is None else list(tensor.shape)
-        raise FistaPrunerError(f"{entry.name}: the new tensor is {found}, {list(entry.shape)} is expected")
     stored = tensor.to(entry.dtype)
     if not stored.dtype.is_floating_point:
         return stored

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
 from ..models.checkpoint import PACKED_RECORD, PRUNING_RECORD, QUANT_METHOD, SINGLE, Checkpoint, WeightFile
 from ..models.low_rank import LowRankAdapter
 from ..models.record import FILES, FOLDER, read_pruning_record, recorded_claims, stacked_experts
-from ..models.safetensors import TensorEntry, safetensors_writer
+from ..models.safetensors import TensorEntry, write_tensors
 from ..models.source import ModelSource
 from ..models.write import checkpoint_folder, copy_companions, require_new, safetensors_name, write_index
 from ..runs.directory import checkpoint_of
@@ -167,13 +168,16 @@ def unpack(packed: str | Path, out: str | Path, *, progress: Tick | None = None)
     contents = source.contents()
     tensors = sum(len(entries) for entries in contents.values())
     nbytes = sum(entry.nbytes for entries in contents.values() for entry in entries)
+
+    def unpacked(entries: list[TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+        for entry in entries:
+            yield entry.name, source.tensor(entry.name)
+            tick("tensors written", next(done), tensors)
+
     with checkpoint_folder(out, nbytes + (0 if source.low_rank is None else source.low_rank.nbytes)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
-            with safetensors_writer(partial / shard, entries, metadata or {"format": "pt"}) as write:
-                for entry in entries:
-                    write(entry.name, source.tensor(entry.name))
-                    tick("tensors written", next(done), tensors)
+            write_tensors(partial / shard, unpacked(entries), metadata or {"format": "pt"}, entries)
         copy_companions(source.checkpoint, partial)
         if source.low_rank is not None:
             source.low_rank.copy_into(partial)
@@ -292,19 +296,21 @@ def _pack_file(
         entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
-    with safetensors_writer(path, entries, metadata) as write:
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in file.entries:
             if name not in mine:
-                write(name, file.read(name))
+                yield name, file.read(name)
                 continue
             spec = mine[name].spec
             try:
                 operator = pack_operator(file.read(name).to(spec.dtype), int8=spec.int8, dense=spec.dense)
             except FistaPrunerError as error:
                 raise FistaPrunerError(f"{file.path}: {name}: {error}") from None
-            for part, tensor in encode(name, operator).items():
-                write(part, tensor)
+            yield from encode(name, operator).items()
             packed()
+
+    write_tensors(path, tensors(), metadata, entries)
     return entries
 
 

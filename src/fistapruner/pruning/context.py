@@ -326,5 +326,5 @@ def open_model(
         source.checkpoint(),
         device or choose_device(recipe.execution.device),
         DTYPES.get(dtype or recipe.dtype),
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.permissions.trust_remote_code,
     )

@@ -168,7 +168,7 @@ def resume(
         command=record.command,
         evaluate=evaluation.data if evaluation else None,
         evaluate_windows=evaluation.windows if evaluation else None,
-        **permissions.keywords(),
+        **vars(permissions),
     )
 
 

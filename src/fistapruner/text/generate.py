@@ -81,7 +81,7 @@ def load_writer(
     """
     nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, samples, seqlen)
     require_whole(nbytes, model.device, limit, f"{flag} self", f"take {flag} c4, python or a file")
-    return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
+    return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.permissions.trust_remote_code)
 
 
 def generation_bytes(model: Any, samples: int, seqlen: int) -> int:

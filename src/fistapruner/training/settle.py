@@ -159,7 +159,7 @@ class Settling:
         folder, model, tick = self.source.folder, self.model, self.listener.tick
         found = inspect_checkpoint(
             folder,
-            allow_pickle=self.source.allow_pickle,
+            allow_pickle=self.source.permissions.allow_pickle,
             progress=lambda _, done, total: tick("tensors whose zeros were checked", done, total),
         )
         pruned = {operator.name: operator for operator in found.pruned}
