@@ -67,7 +67,7 @@ def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
         write_gguf(tmp_path / f"m-{number + 1:05d}-of-00003.gguf", part=(number, 3))
     said = r"m-0000{}-of-00003\.gguf is part {} of 3: join them with 'llama-gguf-split --merge"
     with pytest.raises(FistaPrunerError, match=said.format(2, 2)):
-        open_gguf(tmp_path / "m-00002-of-00003.gguf")
+        convert_gguf(tmp_path / "m-00002-of-00003.gguf", tmp_path / "out")
     with pytest.raises(FistaPrunerError, match=said.format(1, 1)):
         resolve_model(tmp_path / "m-00001-of-00003.gguf")
 

@@ -36,21 +36,19 @@ BUILT_IN = {"_attn_implementation": ("eager", "sdpa"), "_experts_implementation"
 
 
 def auto_class(config: Any) -> Any:
-    """Return the class of ``transformers`` that builds and loads the language model of a config.
+    """Return the class of ``transformers`` that builds and loads the language model of a config."""
+    import transformers
+
+    return getattr(transformers, auto_class_name(config.model_type))
+
+
+def auto_class_name(known: str) -> str:
+    """Return the name of :func:`auto_class`, by ``model_type`` or the name of a model class of ``transformers``.
 
     That is ``AutoModelForImageTextToText`` for a model of images and text that is no causal language model besides,
     and ``AutoModelForCausalLM`` for all others.
     """
-    import transformers
-
-    kinds = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
-    causal, wrapper = (type(config) in kind._model_mapping for kind in kinds)  # semi-private
-    return kinds[wrapper and not causal]
-
-
-def auto_class_name(architecture: str) -> str:
-    """Return the name of :func:`auto_class` for a model class, by its name in ``transformers``."""
-    causal, wrapper = (architecture in table.values() for table in _known_types())
+    causal, wrapper = (known in table or known in table.values() for table in _known_types())
     return "AutoModelForImageTextToText" if wrapper and not causal else "AutoModelForCausalLM"
 
 
@@ -145,7 +143,7 @@ def _fault(config: Any, text: Any, checkpoint: Checkpoint) -> str | None:
     if stored:
         method = str(stored.get("quant_method") if isinstance(stored, dict) else stored)[:50]
         return f"the checkpoint is quantised ({method}); prune the unquantised one"
-    if text is config or type(config) in auto_class(config)._model_mapping or "auto_map" in checkpoint.config:
+    if text is config or any(kind in table for table in _known_types()) or "auto_map" in checkpoint.config:
         return None
     return (
         f"{kind} is a model of more than text, and transformers builds no language model of it: save its language "

@@ -31,18 +31,12 @@ SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshe
 
 
 def open_gguf(path: Path) -> Any:
-    """Read the header of a GGUF file; refuse one that is a part of several."""
+    """Read the header of a GGUF file."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from None
-    reader = GGUFReader(path)
-    if (count := _value(reader, "split.count", 1)) > 1:
-        raise FistaPrunerError(
-            f"{path} is part {_value(reader, 'split.no', 0) + 1} of {count}: join them with 'llama-gguf-split --merge "
-            "FIRST OUT', and give that file"
-        )
-    return reader
+    return GGUFReader(path)
 
 
 def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -59,7 +53,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> 
     space = sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors) * dtype.itemsize
     with checkpoint_folder(out, space) as partial, faults_named(path), temporary_folder() as alone:
         if fault := _fault(reader):
-            raise FistaPrunerError(f"{path} {fault}: take the model's Hugging Face checkpoint")
+            raise FistaPrunerError(f"{path} {fault}")
         # In a folder of its own, because transformers takes a tokenizer that lies beside the file.
         (Path(alone) / path.name).symlink_to(path.absolute())
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
@@ -91,18 +85,22 @@ def _value(reader: Any, key: str, default: Any) -> Any:
 
 
 def _fault(reader: Any) -> str | None:
-    """Say what ``transformers`` does not read of a file: scaled rotary positions, or the split of text."""
+    """Say what ``transformers`` does not read of a file: other parts, scaled rotary positions, or the split of text."""
     from gguf import dequantize
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+    instead = "which transformers does not {}: take the model's Hugging Face checkpoint"
+    if (count := _value(reader, "split.count", 1)) > 1:
+        part = f"is part {_value(reader, 'split.no', 0) + 1} of {count}"
+        return f"{part}: join them with 'llama-gguf-split --merge FIRST OUT', and give that file"
     kind = _value(reader, f"{_value(reader, 'general.architecture', '')}.rope.scaling.type", "none")
     factors = (tensor for tensor in reader.tensors if tensor.name.startswith("rope_"))
     if kind != "none" or any((dequantize(each.data, each.tensor_type) != 1).any() for each in factors):
-        return "has scaled rotary positions, which transformers does not read"
+        return f"has scaled rotary positions, {instead.format('read')}"
     name, known = _value(reader, "tokenizer.ggml.pre", "gpt-2"), {*SPLIT_DIGITS, *SPLIT_AS_GPT2}
     if _value(reader, "tokenizer.ggml.model", "") != "gpt2" or name in known or name in GGUF_PRE_TOKENIZER_SPLITS:
         return None
-    return f"splits text by {name!r} (tokenizer.ggml.pre), which transformers does not know"
+    return f"splits text by {name!r} (tokenizer.ggml.pre), {instead.format('know')}"
 
 
 @contextmanager

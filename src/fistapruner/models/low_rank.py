@@ -40,13 +40,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 """What follows an operator's name in the names of its factors: A (r, n) and B (m, r)."""
 
 
-def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, in main memory."""
-    return plus_product(sparse.cpu(), factors[operator + A], factors[operator + B], transposed=transposed)
-
-
-def plus_product(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
-    """Add the product of two factors to a sparse part: fp32, on the device of all three."""
+def sum_of_parts(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
+    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, on the device of all."""
     with exact_products():
         product = b.float() @ a.float()
     return sparse.float() + (product.T if transposed else product)
@@ -110,7 +105,6 @@ class LowRankAdapter:
 
     def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
         self.folder, path = folder, folder / WEIGHTS
-        self._left_out: Container[str] = ()
         lost = next((file for file in (path, folder / CONFIG) if not file.is_file()), None)
         self.sampled = sampled_sha256(path) if lost is None else ""
         if self.sampled != claim.get("sampled"):
@@ -126,15 +120,10 @@ class LowRankAdapter:
         self.nbytes = sum(entry.nbytes for entry in entries.values())
 
     @classmethod
-    def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
-        """Open the low-rank part that belongs to a checkpoint, which is not packed; None where it has none."""
-        return cls.recorded(read_pruning_record(checkpoint), adapter_folder(checkpoint))
-
-    @classmethod
-    def recorded(cls, record: Mapping[str, Any], folder: Path) -> LowRankAdapter | None:
-        """Open the low-rank part, in ``folder``, that a record names; None where it names none."""
-        claim = record.get(LOW_RANK)
-        return None if claim is None else cls(folder, claim if isinstance(claim, dict) else {})
+    def beside(cls, checkpoint: Path, record: Mapping[str, Any] | None = None) -> LowRankAdapter | None:
+        """Open the low-rank part that belongs to a checkpoint, by its ``record``; None where that names none."""
+        claim = (read_pruning_record(checkpoint) if record is None else record).get(LOW_RANK)
+        return None if claim is None else cls(adapter_folder(checkpoint), claim if isinstance(claim, dict) else {})
 
     @property
     def file_bytes(self) -> int:
@@ -151,16 +140,14 @@ class LowRankAdapter:
     def of(self, parameter: str) -> tuple[Tensor, Tensor] | None:
         """Read A and B of an operator by the name of its weight; None where it has no low-rank part."""
         operator = parameter.removesuffix(".weight")
-        if operator in self._left_out or operator + A not in self.factors:
-            return None
-        return self.factors[operator + A], self.factors[operator + B]
+        return (self.factors[operator + A], self.factors[operator + B]) if operator + A in self.factors else None
 
     def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
         """Add an operator's low-rank part to its stored weight, in fp32; return others as they are."""
         if (factors := self.of(parameter)) is None:
             return weight
         a, b = (factor.to(weight.device) for factor in factors)
-        return plus_product(weight, a, b, transposed=transposed)
+        return sum_of_parts(weight, a, b, transposed=transposed)
 
     def require_fit(self, model: nn.Module) -> dict[str, Any]:
         """Return the modules of a model, or of its base model, by operator."""
@@ -193,6 +180,7 @@ class LowRankAdapter:
 
     def without(self, operators: Container[str]) -> LowRankAdapter:
         """Return the adapter with :meth:`added` changing no weight of these operators."""
-        part = copy(self)
-        part._left_out = operators
+        part, entries = copy(self), self.factors.entries
+        kept = {name: each for name, each in entries.items() if name.removesuffix(A).removesuffix(B) not in operators}
+        part.factors = LazyTensors(kept, self.factors.__getitem__)
         return part

@@ -138,7 +138,7 @@ def checkpoint_names(
         others = (other for other, twin in twins.items() if twin == first)
         return next((names[each] for each in (name, first, *others) if each in names), None)
 
-    sources, missing = {}, []
+    sources = {}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = bool(getattr(model.config, "tie_word_embeddings", False)) and head is not None and embedding is not None
     for name, tensor in tensors.items():
@@ -149,22 +149,17 @@ def checkpoint_names(
                 continue
         if found is None and name in joined and tensor.ndim > 2:  # no operator, so it is only read
             found = checkpoint.join(joined[name])
+        fault = None
         if found is None:
-            missing.append(name)
-            continue
-        entry, fault = checkpoint.entry(found), None
-        if entry.shape != tuple(tensor.shape):
+            fault = f"of {type(model).__name__} is not in it"
+        elif (entry := checkpoint.entry(found)).shape != tuple(tensor.shape):
             fault = f"is {entry.shape}, the config asks for {tuple(tensor.shape)}"
         elif tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
             fault = (
                 f"is stored as {dtype_name(entry.dtype)}, no dtype of dense weights (float32, bfloat16, float16, "
                 "float64): the checkpoint is quantised or damaged; prune the unquantised one"
             )
-        if fault:
-            raise FistaPrunerError(f"{checkpoint.folder}: tensor {found!r} {fault}")
+        if found is None or fault:
+            raise FistaPrunerError(f"{checkpoint.folder}: tensor {found or name!r} {fault}")
         sources[name] = found
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        lost = f"tensor {missing[0]!r}{more} of {type(model).__name__}"
-        raise FistaPrunerError(f"{checkpoint.folder}: {lost} is not in it")
     return sources

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import A_FOLDER, FistaPrunerError, path_text
 from ..models.checkpoint import PACKED_KEYS, PACKED_RECORD, Checkpoint, WeightFile, inside, read_json_in
 from ..models.low_rank import LowRankAdapter
-from ..models.record import FILES, FOLDER
+from ..models.record import FILES
 from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
 from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version
@@ -59,7 +59,7 @@ class PackedCheckpoint:
         require_version(about["version"], str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
-        self.low_rank = LowRankAdapter.recorded(self.record, self.folder / FOLDER)
+        self.low_rank = LowRankAdapter.beside(self.folder, self.record)
         self._check_files(about.get("files"), verify)
         self.specs: dict[str, OperatorSpec] = {}
         self._holders: dict[str, WeightFile] = {}

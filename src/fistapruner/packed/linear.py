@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import FistaPrunerError
-from ..models.low_rank import plus_product
+from ..models.low_rank import sum_of_parts
 from ..runtime.numerics import pass_dtype
 from . import kernel
 from .format import FLOATS, PackedOperator, pack_operator
@@ -204,7 +204,7 @@ class SparseLinear(_Packed):
         dense = self.operator.to_dense()
         if (low_rank := self._low_rank()) is not None:
             a, b = (factor.cpu() for factor in low_rank)
-            dense = plus_product(dense, a, b, transposed=False).to(dense.dtype)
+            dense = sum_of_parts(dense, a, b, transposed=False).to(dense.dtype)
         return dense.T.contiguous() if self.transposed else dense
 
     def pack_again(self, weight: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import Constraint
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
-from ..models.low_rank import A, sum_of_parts
+from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group, Layout, discover
 from ..models.source import ModelSource, Permissions
 from ..passes.store import CPU, HiddenStates, Store, scratch_factory
@@ -273,7 +273,8 @@ class RunContext(LayerContext):
             name = self.layout.full_name(index, operator)
             if name + A in tensors:
                 source = self.model.source(f"{name}.weight")
-                tensors[source] = sum_of_parts(tensors[source], tensors, name, transposed=operator.transposed)
+                parts = tensors[source], tensors[name + A], tensors[name + B]
+                tensors[source] = sum_of_parts(*parts, transposed=operator.transposed)
         return tensors
 
     def fitting(self, what: str, work: Callable[[], T], streams: LayerStreams) -> T:

@@ -197,7 +197,7 @@ class _Pruning:
         balanced = low_rank.balanced()
         factors = {name + A: self.model.result(source, balanced.a), name + B: self.model.result(source, balanced.b)}
         self.result.parts |= {source: self._stored(source, operator), **factors}
-        total = sum_of_parts(target, factors, name, transposed=False)
+        total = sum_of_parts(target.cpu(), factors[name + A], factors[name + B], transposed=False)
         target.copy_(total)
         return total.to(target.device), False
 

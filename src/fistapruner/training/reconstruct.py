@@ -168,7 +168,8 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
         if isinstance(form, _SumOfParts):
             for suffix, factor in ((A, masters["A"]), (B, masters["B"])):
                 stored[form.operator + suffix] = model.result(source, model.rounded(source, factor).contiguous())
-            value = sum_of_parts(stored[source], stored, form.operator, transposed=transposed).to(parameter.dtype)
+            parts = stored[source], stored[form.operator + A], stored[form.operator + B]
+            value = sum_of_parts(*parts, transposed=transposed).to(parameter.dtype)
         parameter.copy_(value)
     return stored
 
