@@ -243,7 +243,6 @@ class LayerwiseModel:
         if not self._checked:
             with self.failures_explained():
                 self._learn_return_type(self.check_window(16))
-                self._check_calls()
             self._checked = True
 
     def check_window(self, length: int) -> Tensor:
@@ -314,24 +313,11 @@ class LayerwiseModel:
         elif not isinstance(out, Tensor):
             raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
 
-    def _check_calls(self) -> None:
-        """Check that layers receive the output of the layer before them, and no argument of the token ids."""
-        with self.embeddings_and_head(head=False):
-            first, second = (self.embed(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
-        for index, (call, other) in enumerate(zip(first, second, strict=True)):
-            values = {f"argument {number}": pair for number, pair in enumerate(zip(call[0], other[0], strict=True), 2)}
-            values |= {repr(name): (value, other[1][name]) for name, value in call[1].items()}
-            if what := next((what for what, pair in values.items() if not _same(*pair)), None):
-                depends = "which depends on the token ids or on other layers"
-                raise self.unsupported(f"decoder layer {index} is given {what}, {depends}")
-
-    def embed(
-        self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor] = torch.Tensor.detach
-    ) -> tuple[Tensor, list[Call]]:
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
 
         Needs :meth:`embeddings_and_head`, and :meth:`check` before it. Token ids are (batch, seqlen), the hidden states
-        (batch, seqlen, width); ``stand_in`` makes what takes the place of a layer's output from its input.
+        (batch, seqlen, width).
         """
         self.check_tokens(tokens)
         calls: list[Call] = []
@@ -355,7 +341,7 @@ class LayerwiseModel:
             calls.append((tuple(rest), named))
             if index == len(self.layers) - 1:
                 raise _Stop
-            output = stand_in(hidden)
+            output = hidden.detach()
             given.append((output, output._version))
             return self._returned(output)
 
@@ -434,19 +420,6 @@ class LayerwiseModel:
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
-
-
-def _same(value: Any, again: Any) -> bool:
-    """Compare one argument in two passes; an empty dictionary, which layers would fill, is never the same."""
-    if type(value) is not type(again):
-        return False
-    if isinstance(value, Tensor):
-        return torch.equal(value, again)
-    if isinstance(value, (tuple, list)):
-        return len(value) == len(again) and all(map(_same, value, again))
-    if isinstance(value, dict):
-        return bool(value) and value.keys() == again.keys() and all(_same(value[key], again[key]) for key in value)
-    return not isinstance(value, (int, float, str)) or bool(value == again)
 
 
 def hidden_of(out: Any) -> Tensor:

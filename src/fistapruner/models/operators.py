@@ -164,7 +164,8 @@ def discover(model: LayerwiseModel) -> Layout:
     Layers with the same operators are run once. Loads the embeddings, then one decoder layer at a time.
     """
     model.check()
-    hidden, calls = model.probe()
+    with model.failures_explained():
+        hidden, calls = model.probe()
     known: dict[Any, Any] = {}
     found = []
     for index, layer in enumerate(model.layers):
