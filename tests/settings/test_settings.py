@@ -216,7 +216,7 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     settings = load_recipe_settings(preset) | {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     report = prune(str(model), run, recipe=Recipe.build(settings))
     written = Recipe.from_yaml((run / "recipe.yaml").read_text())
-    (step,) = written.steps
+    (step,) = written.method
     assert isinstance(step, Fista)
     assert (step.penalty, step.warm_start) == FISTA_PRESETS[preset][family]
     assert (written.propagate, written.dense_share, written.residual, written.error_correction) == (
@@ -232,14 +232,14 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
 
 
-def test_a_warm_start_by_family_needs_a_model() -> None:
+def test_a_warm_start_by_family_is_wanda_without_a_model() -> None:
     problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
-    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto depends on the model's family"):
-        solve(problem, "50%", [{"fista": {"warm_start": "auto"}}])
+    auto, wanda = (solve(problem, "50%", [{"fista": {"warm_start": start}}]) for start in ("auto", "wanda"))
+    assert torch.equal(auto.weight, wanda.weight)
 
 
 def test_patterns_and_dates_are_words_in_yaml() -> None:
-    assert Recipe.from_yaml("sparsity: 2:4").pattern == NM(2, 4)
+    assert Recipe.from_yaml("sparsity: 2:4").sparsity == NM(2, 4)
     values = {
         "2:4": "2:4",
         "1e-3": 0.001,
