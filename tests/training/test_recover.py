@@ -25,7 +25,7 @@ from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.packed.checkpoint import is_packed
 from fistapruner.reporting.facts import lineage_lines, summary, training_facts
 from fistapruner.reporting.figures import mean_error
-from fistapruner.runs.directory import RecoverDirectory
+from fistapruner.runs.directory import TrainingDirectory
 from fistapruner.runs.log import hold
 from fistapruner.runs.records import Report, load_run
 from tiny import tensors
@@ -275,7 +275,7 @@ def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tm
         recover(model, tmp_path / "wrong", dense=bench.dense(vocab_size=160), **settings)
     report = recover(model, out, dense=bench.dense(), **settings, **measured)
     assert report.evaluations[0].divergence is not None
-    record = RecoverDirectory(out).record()
+    record = TrainingDirectory(out, "recover").record()
     assert record.decision.dense == bench.dense()
     assert not (out / "teacher").exists()
     (out / "report.json").unlink()

@@ -18,7 +18,6 @@ from ..papers import mrpo
 from ..papers.mezo import ForwardOnly
 from ..passes.stream import check_model
 from ..pruning.context import open_model
-from ..runs.directory import AlignDirectory, TrainingDirectory
 from ..runs.log import Listener
 from ..runs.records import Alignment as Figures
 from ..runs.records import Report
@@ -41,7 +40,6 @@ class Alignment(Recovery):
     """An opened run of ``align``; what is not said here is as in :class:`.Recovery`."""
 
     settings: ClassVar[type[Any]] = AlignRecipe
-    directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
     texts: ClassVar[str] = "pairs"
     choices: ClassVar[str] = "a .jsonl file of preference pairs"
     window: ClassVar[str] = "max_length"

@@ -24,7 +24,7 @@ from ..papers.subzero import subspace_normal
 from ..passes.stream import check_model
 from ..pruning.context import open_model
 from ..pruning.workers import default_threads
-from ..runs.directory import RecoverDirectory, TrainingDirectory
+from ..runs.directory import TrainingDirectory
 from ..runs.log import Listener, read_steps
 from ..runs.records import Report
 from ..runs.settled import TrainingDecision, stamps
@@ -51,7 +51,6 @@ class Recovery:
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
-    directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
     texts: ClassVar[str] = "source"
     """Name in ``data`` of what is trained on; ``window`` is that of the tokens in a window."""
     choices: ClassVar[str] = "self, python, c4, or a text file"

@@ -81,7 +81,7 @@ def recover(
     kind = KINDS["align" if isinstance(recipe, AlignRecipe) else "recover"]
     request = Request(
         kind,
-        kind.directory(out_path(out)),
+        TrainingDirectory(out_path(out), kind.settings.verb),
         path_text("model", model, A_MODEL),
         kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
@@ -119,14 +119,14 @@ def plan_recovery(
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
     kind, named = KINDS[recipe.verb], None if dense is None else str(dense)
-    request = Request(kind, kind.directory(folder), str(model), recipe, named, permissions, evaluate=None)
+    run = TrainingDirectory(folder, recipe.verb)
+    request = Request(kind, run, str(model), recipe, named, permissions, evaluate=None)
     return Settling(request, Listener()).plan
 
 
 def resume_training(verb: str, folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run of a verb as it was begun; ``permissions`` say what the models' files may do."""
-    kind = KINDS[verb]
-    run = kind.directory(folder)
+    kind, run = KINDS[verb], TrainingDirectory(folder, verb)
     record = run.begun_record()
     recipe = kind.settings.build(record.decision.asked, str(run.run_file))
     request = Request(kind, run, record.decision.model, recipe, None, permissions, record.command)

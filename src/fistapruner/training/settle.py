@@ -236,7 +236,6 @@ class Settling:
             windows_sha256=sha256_file(run.text_file),
             steps=self.plan.steps,
         )
-        run.write_recipe(recipe.to_yaml())
         run.write_record(
             settled.TrainingRecord(
                 kind=run.verb,
@@ -244,7 +243,8 @@ class Settling:
                 fingerprint=identity(recipe, model, text, decision),
                 **_facts(recipe, text, self.plan.steps),
                 decision=decision,
-            )
+            ),
+            recipe.to_yaml(),
         )
 
 
