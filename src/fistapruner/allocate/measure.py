@@ -189,7 +189,7 @@ def decide(
         found = dict(outliers.allocation(sizes, recipe.sparsity.fraction))
     elif curved:
         # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
-        found = dict.fromkeys(sizes, recipe.sparsity)
+        found = {name: recipe.sparsity for name in sizes}
         known = {name: size for name, size in sizes.items() if name in seen.reached}
         curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
         if known and workload is not None:

@@ -144,7 +144,7 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
 def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     """Decide the pattern of every operator, as the recipe says it."""
     operators = layout.operators()
-    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.sparsity)
+    chosen: dict[str, Constraint] = {name: recipe.sparsity for name, _ in operators}
     for pattern, sparsity in recipe.allocation.items() if isinstance(recipe.allocation, Mapping) else ():
         names = [name for name in chosen if matches(name, pattern)]
         if not names:
