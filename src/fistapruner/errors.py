@@ -72,9 +72,9 @@ def path_text(name: str, value: object, expected: str) -> str:
 
 
 def at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~/`` in texts, paths, lists, mappings and ``NAME=~/file``; paths become text.
+    """Put the home folder in place of ``~/`` in texts, paths, lists and mappings; paths become text.
 
-    Shells leave it there in ``--out=~/run`` and in recipes.
+    It is replaced in ``NAME=~/file``, too. Shells leave it there in ``--out=~/run`` and in recipes.
     """
     value = str(value) if isinstance(value, Path) else value
     if isinstance(value, Mapping):

@@ -35,7 +35,7 @@ class Outliers:
         self._shares: dict[int, float] = {}
 
     def add(self, index: int, number: int, sums: ProblemSums) -> None:
-        """Add the inputs of group ``number`` of decoder layer ``index``; an expert without tokens has no outliers."""
+        """Add the inputs of a group of decoder layer ``index``; an expert without tokens has no outliers."""
         self._scores.append(sums.weight.abs() * (sums.gram.diagonal() / max(sums.tokens, 1)).sqrt())
         if number == len(self._layout.layers[index]) - 1:
             count = sum(scores.numel() for scores in self._scores)
