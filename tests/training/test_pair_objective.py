@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, logsigmoid
 
 import tiny
 from fistapruner.models.operators import discover
-from fistapruner.papers.mrpo import Preference, margins_of
+from fistapruner.papers.mrpo import margins_of
 from fistapruner.settings.align import PairData
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.examples import read_pairs
@@ -80,11 +80,11 @@ def test_loss_is_that_of_trl(tmp_path: Path, pairs: Pairs) -> None:
     assert own.mean(0).tolist() == pytest.approx([-67.25531768798828, -60.595645904541016], abs=1e-4)
     rewards = BETA * (own - theirs)
     assert rewards.mean(0).tolist() == pytest.approx([0.417417973279953, 0.3509760797023773], abs=1e-5)
-    preference = Preference(margins_of(theirs)[None], torch.ones(1, 4).double(), BETA)
-    found = losses(policy, pairs, [*range(8)], PairTerms(preference))
+    references = margins_of(theirs)[None], torch.ones(1, 4).double()
+    found = losses(policy, pairs, [*range(8)], PairTerms(references, BETA))
     assert float(found.sum() / 4) == pytest.approx(0.6940270066261292, abs=1e-6)
-    at_start = Preference(margins_of(own)[None], torch.ones(1, 4).double(), BETA)
-    assert losses(policy, pairs, [*range(8)], PairTerms(at_start))[::2].tolist() == [math.log(2)] * 4
+    at_start = margins_of(own)[None], torch.ones(1, 4).double()
+    assert losses(policy, pairs, [*range(8)], PairTerms(at_start, BETA))[::2].tolist() == [math.log(2)] * 4
 
 
 def test_accuracy_counts_pairs(tmp_path: Path, pairs: Pairs) -> None:
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_whole_model(
         model = opened(folder, torch.float32)
         with model.resident():
             trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full"}))
-            terms = PairTerms(Preference(margins, weights, BETA), likelihood, anchor)
+            terms = PairTerms((margins, weights), BETA, likelihood, anchor)
             objective = PairObjective(model, trained.run, pairs, terms, teacher, batch_size)
             with objective.resident():
                 assert objective.backward(numbers) == pytest.approx(value, rel=1e-5)

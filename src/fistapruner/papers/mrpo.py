@@ -33,7 +33,6 @@ known when this was written: its text could not be read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -56,24 +55,6 @@ def preference_losses(margin: Tensor, margins: Tensor, weights: Tensor, beta: fl
         beta: strength of the references.
     """
     return (weights * -logsigmoid(beta * (margin - margins))).sum(0)
-
-
-@dataclass(frozen=True)
-class Preference:
-    """What the loss of pairs compares a model with.
-
-    Args:
-        margins: (K, pairs) of the references; ``weights``: of each, their sum over K is 1.
-        beta: strength of the references.
-    """
-
-    margins: Tensor
-    weights: Tensor
-    beta: float
-
-    def losses(self, margin: Tensor, pairs: list[int]) -> Tensor:
-        """Compute the (pairs,) losses of a model with so large a margin on these pairs."""
-        return preference_losses(margin, self.margins[:, pairs], self.weights[:, pairs], self.beta)
 
 
 def reference_margins(

@@ -70,8 +70,8 @@ from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Request as TrainingRequest
-    from ..training.settle import Settling
+    from ..training.recovery import Recovery
+    from ..training.recovery import Request as TrainingRequest
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
@@ -410,7 +410,7 @@ def _measure(
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | Settling,
+    inputs: Inputs | Recovery,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,

@@ -103,7 +103,7 @@ class RunDirectory(Generic[R_co]):
         text_name: stem of the file with the run's text, which is the first that is written.
     """
 
-    verb: ClassVar[str | None] = None
+    verb: str | None = None
     schema: ClassVar[type[RunRecord]] = RunRecord
     text_name: ClassVar[str] = "windows"
 
@@ -374,8 +374,9 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
 
     schema = TrainingRecord
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verb: str) -> None:
         super().__init__(folder)
+        self.verb = verb
         self.references_file = folder / "references.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
@@ -400,18 +401,6 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             kind = Pairs if "test" in tensors else TrainingText
             return kind(**fields, tasks=tuple(about["tasks"]), facts=about["facts"])
         return None
-
-
-class RecoverDirectory(TrainingDirectory):
-    """Paths and records of one recovery run."""
-
-    verb = "recover"
-
-
-class AlignDirectory(TrainingDirectory):
-    """Paths and records of one alignment run."""
-
-    verb = "align"
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

@@ -29,7 +29,7 @@ from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from ..runtime.show import counted, duration, size
 from ..settings.train import TrainingRecipe
 from .loop import CHECKS
-from .loss import LIKELIHOOD, HeadLoss
+from .loss import HeadLoss
 from .masked import trained_layer
 
 GROWTH, RESERVE = 256 * 2**20, 0.9
@@ -163,7 +163,7 @@ def _measure(
         return torch.empty(0)  # a graph that holds its own output would never be freed
 
     def head() -> None:
-        HeadLoss.apply(rows, model, targets, LIKELIHOOD, None, 1.0, BUDGETS).sum().backward()
+        HeadLoss.apply(rows, model, targets, 0.0, None, 1.0, BUDGETS).sum().backward()
 
     with model.embeddings_and_head():
         hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
