@@ -24,7 +24,7 @@ from ..runtime.numerics import mean_and_error
 from ..settings.align import PREFERENCE_LOSSES, AlignRecipe
 from ..text.examples import read_pairs
 from ..text.training import Pairs, pair_order, tokenise_pairs
-from .loss import Objective, PairObjective, PairTerms
+from .loss import Objective, PairObjective
 from .masked import Trained
 from .recovery import Recovery, find_input
 
@@ -98,8 +98,9 @@ class Alignment(Recovery):
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
             teacher = self.teacher(chosen)
-        terms = PairTerms(references, recipe.beta, float(recipe.loss == "sft"), anchor, recipe.loss == "accuracy")
-        return PairObjective(self.model, run, self.text, terms, teacher, **self.passes)
+        terms: dict[str, Any] = {"references": references, "beta": recipe.beta, "anchor": anchor}
+        terms |= {"likelihood": float(recipe.loss == "sft"), "accuracy": recipe.loss == "accuracy"}
+        return PairObjective(self.model, run, self.text, 0.0, teacher, **terms, **self.passes)
 
     def references(self) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, computed once and then read from a file.
@@ -132,7 +133,7 @@ class Alignment(Recovery):
         model = self.open_dense() if name == "dense" else self.opened(folder)
         values = torch.full((len(self.text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
         with model.resident():
-            objective = PairObjective(model, model.run, self.text, None, None, numerics.batch_size)
+            objective = PairObjective(model, model.run, self.text, 0.0, None, numerics.batch_size)
             values[[window // 2 for window in windows[::2]]] = objective.log_probabilities(windows)
         return values
 
@@ -160,7 +161,7 @@ class Alignment(Recovery):
         """Add to the report what the trained model prefers on the test pairs."""
         text, recipe, windows = self.text, self.recipe, self.text.windows("test")
         self.listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
-        objective = PairObjective(self.model, trained.run, text, None, None, **self.passes)
+        objective = PairObjective(self.model, trained.run, text, 0.0, None, **self.passes)
         part = self.world.part(windows, 2)
         own = self.world.together(windows, part, objective.log_probabilities(part).flatten()).view(-1, 2)
         references = self.references()

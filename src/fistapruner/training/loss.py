@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -128,6 +128,7 @@ class HeadLoss(torch.autograd.Function):
         return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
 
 
+@dataclass
 class Teacher:
     """The dense model's last hidden states of the windows of a text, in blocks that ``folder`` holds.
 
@@ -135,30 +136,24 @@ class Teacher:
     ``identity`` what else decides the stored values.
     """
 
-    def __init__(
-        self,
-        dense: LayerwiseModel,
-        tokens: Tensor,
-        folder: Path,
-        batch_size: int,
-        windows: Sequence[int] | None = None,
-        identity: str = "",
-        tick: Tick = silent,
-    ) -> None:
-        self.dense, self.tokens, self.folder = dense, tokens, folder
-        self.identity, self.batch_size, self.tick = identity, batch_size, tick
-        order = list(dict.fromkeys(range(len(tokens)) if windows is None else windows))
-        size = max(1, BLOCK_TOKENS // (tokens.shape[1] * batch_size)) * batch_size
+    dense: LayerwiseModel
+    tokens: Tensor
+    folder: Path
+    batch_size: int
+    windows: Sequence[int] | None = None
+    identity: str = ""
+    tick: Tick = silent
+
+    def __post_init__(self) -> None:
+        order = list(dict.fromkeys(range(len(self.tokens)) if self.windows is None else self.windows))
+        size = max(1, BLOCK_TOKENS // (self.tokens.shape[1] * self.batch_size)) * self.batch_size
         self.blocks = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
         self._of = {window: number for number, block in enumerate(self.blocks) for window in block}
-        self._open: dict[int, SafetensorsFile] = {}
+        self._open = cache(self._block)
 
     def hidden(self, window: int) -> Tensor:
         """Return the (seqlen, width) output of the last decoder layer for a window."""
-        number = self._of[window]
-        if number not in self._open:
-            self._open[number] = self._block(number)
-        return self._open[number].read(str(window))
+        return self._open(self._of[window]).read(str(window))
 
     def _block(self, number: int) -> SafetensorsFile:
         """Open a block that is whole and of this text and model, or pass its windows through the dense model."""
@@ -179,31 +174,24 @@ class Teacher:
         return SafetensorsFile(path)
 
 
+@dataclass
 class Objective:
     """The loss of windows of a text under a resident model, whose decoder layers ``run`` runs.
 
-    ``loss`` is the share of the divergence from the dense model (the rest is cross-entropy), which needs a ``teacher``,
-    or of pairs :class:`PairTerms`. With
+    It is a ``share`` of the divergence from the dense model, which needs a ``teacher``, the rest cross-entropy. With
     ``checkpointing`` only the inputs of decoder layers are kept for the way back; the bits of the result are the same.
     """
 
-    together = 1
+    model: LayerwiseModel
+    run: Run
+    text: TrainingText
+    share: float
+    teacher: Teacher | None
+    batch_size: int
+    checkpointing: bool = False
+    budgets: Budgets = BUDGETS
+    together: ClassVar[int] = 1
     """Windows that no pass may part."""
-
-    def __init__(
-        self,
-        model: LayerwiseModel,
-        run: Run,
-        text: TrainingText,
-        loss: Any,
-        teacher: Teacher | None,
-        batch_size: int,
-        *,
-        checkpointing: bool = False,
-        budgets: Budgets = BUDGETS,
-    ) -> None:
-        self.model, self.run, self.text, self.loss, self.teacher = model, run, text, loss, teacher
-        self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
 
     def resident(self) -> AbstractContextManager[None]:
         """Keep the final norm and head of the dense model loaded for the block."""
@@ -263,7 +251,7 @@ class Objective:
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
         """Return ``factor`` times the (windows,) fp64 losses of the last layer's output."""
-        return self._token_sums(hidden, windows, self.loss, factor)
+        return self._token_sums(hidden, windows, self.share, factor)
 
     def _marked(self, windows: Sequence[int], length: int) -> Tensor:
         """Return the (windows, length) positions whose next token carries loss."""
@@ -287,13 +275,14 @@ class Objective:
         return torch.zeros(len(numbers), dtype=torch.float64).index_add(0, windows, losses.cpu())
 
 
-@dataclass(frozen=True)
-class PairTerms:
-    """The terms of the loss of a pair: its preference loss, and factors of others of the chosen answer.
+@dataclass
+class PairObjective(Objective):
+    """The loss of preference pairs, a sum of terms; it stands at the window of the chosen answer.
 
-    ``references`` are (K, pairs) margins of the references and their weights, as :func:`preference_losses` takes them.
-    ``likelihood`` is of the mean cross-entropy of its tokens, ``anchor`` of their mean divergence from the dense model.
-    With ``accuracy`` pairs are counted whose chosen answer is not the more likely one, without a gradient.
+    Both answers of a pair are in one pass. With ``references``, their (K, pairs) margins and weights, a term is the
+    preference loss (:func:`.preference_losses`). ``likelihood`` is the factor of the mean cross-entropy of the chosen
+    answer's tokens, ``anchor`` of their mean divergence from the dense model. With ``accuracy`` pairs are counted whose
+    chosen answer is not the more likely one, without a gradient.
     """
 
     references: tuple[Tensor, Tensor] | None = None
@@ -301,15 +290,7 @@ class PairTerms:
     likelihood: float = 0.0
     anchor: float = 0.0
     accuracy: bool = False
-
-
-class PairObjective(Objective):
-    """The loss of preference pairs (:class:`PairTerms`); it stands at the window of the chosen answer.
-
-    Both answers of a pair are in one pass.
-    """
-
-    together = 2
+    together: ClassVar[int] = 2
 
     def _length(self, windows: Sequence[int]) -> int:
         """See :class:`Objective`; what is left out is padding."""
@@ -323,19 +304,19 @@ class PairObjective(Objective):
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""
-        every = slice(None) if self.loss.references is not None else slice(None, None, 2)
+        every = slice(None) if self.references is not None else slice(None, None, 2)
         return self.text.loss_tokens[list(windows)][every].sum()
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
-        terms, chosen = self.loss, windows[::2]
+        chosen = windows[::2]
         tokens = self._marked(chosen, hidden.shape[1]).sum(1).clamp_min(1)
         answers = -self._token_sums(hidden, windows, 0.0).view(-1, 2)
-        found = -terms.likelihood * answers[:, 0] / tokens
-        if terms.references is not None:
-            margins, weights = (each[:, [number // 2 for number in chosen]] for each in terms.references)
-            found = found + preference_losses(margins_of(answers), margins, weights, terms.beta)
-        if terms.accuracy:
+        found = -self.likelihood * answers[:, 0] / tokens
+        if self.references is not None:
+            margins, weights = (each[:, [number // 2 for number in chosen]] for each in self.references)
+            found = found + preference_losses(margins_of(answers), margins, weights, self.beta)
+        if self.accuracy:
             found = found + (answers[:, 0] <= answers[:, 1]).double()
-        if terms.anchor:
-            found = found + terms.anchor * self._token_sums(hidden[::2], chosen, 1.0) / tokens
+        if self.anchor:
+            found = found + self.anchor * self._token_sums(hidden[::2], chosen, 1.0) / tokens
         return factor * torch.stack([found, torch.zeros_like(found)], 1).flatten()
