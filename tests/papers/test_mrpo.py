@@ -39,8 +39,8 @@ def drawn(seed: int, count: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     return model, references, weights / weights.sum(0)
 
 
-def losses(kind: str, model: Tensor, references: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
-    margins, shares = reference_margins(kind, references, weights, clip)  # type: ignore[arg-type]
+def losses(kind: str, model: Tensor, references: Tensor, weights: Tensor) -> Tensor:
+    margins, shares = reference_margins(kind, references, weights)  # type: ignore[arg-type]
     return preference_losses(margins_of(model), margins, shares, BETA)
 
 

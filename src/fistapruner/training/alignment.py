@@ -94,7 +94,7 @@ class Alignment(Recovery):
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self._weighed(self.references())
             loss: Any = recipe.loss
-            references = mrpo.reference_margins(loss, stacked, weights, self._clip)
+            references = mrpo.reference_margins(loss, stacked, weights)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
             teacher = self.teacher(chosen)
@@ -140,22 +140,20 @@ class Alignment(Recovery):
     def _weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """Return the references of the loss: names, (K, pairs, 2) log-probabilities, and (K, pairs) weights.
 
-        A loss without any is told against the model that went in.
+        A loss without any is told against the model that went in. For the harmonic mean they are clipped.
         """
         recipe, names = self.recipe, self.recipe.resolved_references or ("pruned",)
         stacked = torch.stack([references[name] for name in names])
         if recipe.weights == "per-pair":
-            return names, stacked, mrpo.pair_weights(stacked)
-        if recipe.weights == "fixed":
-            shares = torch.ones(len(names), dtype=torch.float64)
+            weights = mrpo.pair_weights(stacked)
         else:
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
-            shares = mrpo.held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
-        return names, stacked, mrpo.fixed_weights(shares, stacked.shape[1])
-
-    @property
-    def _clip(self) -> float | None:
-        return None if self.recipe.clip == "none" else float(self.recipe.clip)
+            rule: Any = {"held-out": "accuracy", "held-out-margin": "margin"}.get(recipe.weights)
+            shares = mrpo.held_out_weights(held_out, rule) if rule else torch.ones(len(names), dtype=torch.float64)
+            weights = mrpo.fixed_weights(shares, stacked.shape[1])
+        if recipe.loss == "harmonic" and recipe.clip != "none":
+            stacked = mrpo.clipped(stacked, recipe.clip)
+        return names, stacked, weights
 
     def describe(self, trained: Trained | ForwardOnly, report: Report | None) -> None:
         """Add to the report what the trained model prefers on the test pairs."""
@@ -170,7 +168,7 @@ class Alignment(Recovery):
         places = [window // 2 for window in windows[::2]]
         names, stacked, weights = self._weighed(references)
         kind: Any = recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo"
-        mixed = mrpo.virtual_reference(kind, stacked, weights, self._clip)
+        mixed = mrpo.virtual_reference(kind, stacked, weights)
         models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = mrpo.margins_of(rewards)

@@ -95,8 +95,8 @@ def reconstruct_layer(
         loss = BlockLoss(inputs, wanted, metric, model.device)
         held, train = _split(inputs.samples)
         generator = torch.Generator().manual_seed((seed * 100_003 + index) % 2**63)
-        turns = [torch.randperm(len(train), generator=generator) for _ in range(0, steps, len(train))]
-        order = [train[at] for turn in turns for at in turn.tolist()]
+        turns = (torch.randperm(len(train), generator=generator).tolist() for _ in range(0, steps, len(train)))
+        order = [train[at] for turn in turns for at in turn]
         # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
         up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
 

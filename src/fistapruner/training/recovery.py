@@ -27,7 +27,7 @@ from ..models.low_rank import LowRankAdapter
 from ..models.operators import discover
 from ..models.record import lost_structure, read_pruning_record, refuse_low_rank
 from ..models.source import UNTRUSTED, ModelSource, Permissions, pad_with_known_token
-from ..packed.checkpoint import is_packed
+from ..packed.checkpoint import refuse_packed
 from ..papers.mamf import Mixture
 from ..papers.mezo import RATE, ForwardOnly, standard_normal
 from ..papers.subzero import subspace_normal
@@ -109,8 +109,7 @@ def find_input(model: str, permissions: Permissions, drops_low_rank: str | None)
     A packed one is refused, and one with a low-rank part, which ``drops_low_rank`` would leave out.
     """
     folder = checkpoint_of(model)
-    if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
+    refuse_packed(folder)
     found = permissions.find(folder if folder.is_dir() else model)
     if drops_low_rank is not None:
         refuse_low_rank(found.folder, drops_low_rank)
@@ -278,22 +277,23 @@ class Recovery:
         if self.named and (need is not None or request.dense):
             with suppress(FistaPrunerError) if request.dense is None else nullcontext():
                 self.dense_source = self.permissions.find(self.named)
-        if self.dense_source is None:
-            if need:
-                where = "does not name" if self.named is None else f"names as {self.named}, where it is not"
-                raise FistaPrunerError(f"{need} needs the dense model, which {folder} {where}: give --dense MODEL")
-            return
-        found = self.dense_source
-        refuse_low_rank(found.folder, "--dense")
-        self.dense = dense = open_model(found, self.recipe, dtype=dtype_name(self.model.dtype))
-        fault = settled.changed_files(known.stamps, found) if known and known.stamps else None
-        if found.folder.resolve() == folder.resolve():
-            fault = f"{found.folder} is the model that is trained"
-        elif dense.vocabulary != self.model.vocabulary:
-            fault = f"{found.folder} predicts {dense.vocabulary} tokens, {folder} {self.model.vocabulary}"
+        fault = None
+        if (found := self.dense_source) is not None:
+            refuse_low_rank(found.folder, "--dense")
+            self.dense = dense = open_model(found, self.recipe, dtype=dtype_name(self.model.dtype))
+            fault = settled.changed_files(known.stamps, found) if known and known.stamps else None
+            if found.folder.resolve() == folder.resolve():
+                fault = f"{found.folder} is the model that is trained"
+            elif dense.vocabulary != self.model.vocabulary:
+                fault = f"{found.folder} predicts {dense.vocabulary} tokens, {folder} {self.model.vocabulary}"
+            fault = fault and f"the dense model {fault}"
+        elif need:
+            where = "does not name" if self.named is None else f"names as {self.named}, where it is not"
+            fault = f"{need} needs the dense model, which {folder} {where}"
         if fault:
-            raise FistaPrunerError(f"the dense model {fault}: name the model that was pruned with --dense")
-        check_model(dense)
+            raise FistaPrunerError(f"{fault}: name the model that was pruned with --dense")
+        if self.dense is not None:
+            check_model(self.dense)
 
     def write(self) -> None:
         """Cut the text, and write it, ``recipe.yaml`` and ``run.json``; a run that does not fit is refused."""
