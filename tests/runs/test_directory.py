@@ -34,8 +34,7 @@ def begin(folder: Path) -> TrainingDirectory:
     run.folder.mkdir(exist_ok=True)
     evaluation = EvaluationRequest(data="python", windows=2)
     decision = TrainingDecision(model="m", folder=folder / "dense", numerics=NUMERICS, evaluation=evaluation, steps=7)
-    run.write_recipe("steps: 7\n")
-    run.write_record(TrainingRecord(kind="recover", model=ModelFacts(source="m"), decision=decision))
+    run.write_record(TrainingRecord(kind="recover", model=ModelFacts(source="m"), decision=decision), "steps: 7\n")
     return run
 
 
@@ -221,9 +220,8 @@ def test_a_folder_that_may_not_be_listed_takes_files(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", [".DS_Store", "._notes", ".nfs000000000001"])
 def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name: str) -> None:
-    folders = (tmp_path / "run", tmp_path / "prune", tmp_path / "recover")
-    runs = RunDirectory(folders[0]), PruneDirectory(folders[1]), TrainingDirectory(folders[2], "recover")
-    for run in runs:
+    places = tmp_path / "any", tmp_path / "prune", tmp_path / "recover"
+    for run in (RunDirectory(places[0]), PruneDirectory(places[1]), TrainingDirectory(places[2], "recover")):
         run.folder.mkdir()
         (run.folder / name).touch()
         run.check_place()

@@ -341,8 +341,7 @@ def settle(
             structure=inputs.context.widths and inputs.context.widths.record(),
         ),
     )
-    run.write_recipe(recipe.to_yaml())
-    run.write_record(record)
+    run.write_record(record, recipe.to_yaml())
     return record, model
 
 

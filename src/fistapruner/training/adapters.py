@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,6 @@ class MergeReport:
     zeros: int
     refilled: int
     masked_share: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self) | {"model": str(self.model), "adapter": str(self.adapter), "out": str(self.out)}
 
     def __str__(self) -> str:
         share = f"{self.zeros} of {self.weights} ({percent(self.zeros / max(1, self.weights))})"

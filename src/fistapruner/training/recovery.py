@@ -325,7 +325,6 @@ class Recovery:
             windows_sha256=sha256_file(run.text_file),
             steps=self.plan.steps,
         )
-        run.write_recipe(recipe.to_yaml())
         run.write_record(
             settled.TrainingRecord(
                 kind=recipe.verb,
@@ -333,7 +332,8 @@ class Recovery:
                 fingerprint=identity(recipe, model, text, decision),
                 **_facts(recipe, text, self.plan.steps),
                 decision=decision,
-            )
+            ),
+            recipe.to_yaml(),
         )
 
     # --- opened and trained
