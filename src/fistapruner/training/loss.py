@@ -78,7 +78,7 @@ def token_losses(
 
 
 def _target(own: Tensor, targets: Tensor, dense: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
-    """Return losses (tokens,) and target (tokens, vocabulary) of a block of rows; without dense logits no share."""
+    """Return losses (tokens,) and target (tokens, vocabulary) of a block of rows."""
     index = targets[:, None]
     if dense is None:
         return -own.gather(1, index)[:, 0], torch.zeros_like(own).scatter_(1, index, 1.0)
@@ -207,7 +207,10 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None, reduce: Reduce | None = None) -> Tensor:
-        """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` and ``reduce`` replace the own."""
+        """Compute the (windows,) fp64 losses, sums over what is counted.
+
+        ``run`` and ``reduce`` replace the own.
+        """
         found = torch.zeros(len(windows), dtype=torch.float64)
         for places, batch in self._batches(windows):
             found[places] = (reduce or self._reduce)(self._hidden(batch, run or self.run), batch)

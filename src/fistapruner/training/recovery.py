@@ -117,7 +117,7 @@ def find_input(model: str, permissions: Permissions, drops_low_rank: str | None)
 
 
 class Recovery:
-    """A run of ``recover``: :meth:`settle` and :meth:`write` begin it; :meth:`open` and :meth:`trained` carry it out.
+    """A run of ``recover``: settled and written, then opened and trained.
 
     Attributes:
         model: the pruned model that goes in; ``layout``: its operators that are trained.
