@@ -23,7 +23,7 @@ from ..solvers import parse_method
 from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
-from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
+from ..training.reconstruct import reconstruct_layer
 from .context import LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .passes import LayerPasses
 from .removal import remove_channels_of, remove_experts
@@ -196,11 +196,11 @@ class _Pruning(LayerPasses):
         """Reconstruct the pruned layer as a block, if the recipe asks for it."""
         if self.wanted is None:
             return
-        settings = ReconstructionSettings(self.recipe.reconstruct, self.recipe.seed, self.measures.metric)
-        seen, calls, parts = self.streams.seen, self.context.calls, self.result.parts
+        seen, calls, steps, seed = self.streams.seen, self.context.calls, self.recipe.reconstruct, self.recipe.seed
+        parts, metric = self.result.parts, self.measures.metric
         with self.clock.phase("reconstruct"):
             weights, record = reconstruct_layer(
-                self.model, self.index, self.groups, seen, self.wanted, calls, settings, parts
+                self.model, self.index, self.groups, seen, self.wanted, calls, parts, metric, steps, seed
             )
         self.result.weights |= weights
         self.result.entry.reconstruct = record  # type: ignore[attr-defined]

@@ -69,8 +69,8 @@ from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Request as TrainingRequest
-    from ..training.settle import Settling
+    from ..training.recovery import Recovery
+    from ..training.recovery import Request as TrainingRequest
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ def _measure(
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | Settling,
+    inputs: Inputs | Recovery,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,

@@ -195,6 +195,10 @@ def solve(problem: LayerProblem, sparsity: str | float | Constraint | Stacked, m
     problem.check_finite()
     if problem.cache is None:
         problem = replace(problem, cache={})
+    if isinstance(sparsity, Stacked) and sum(sparsity.rows) != len(problem.weight):
+        raise FistaPrunerError(
+            f"{problem.name}: {len(problem.weight)} rows, and its constraints are for {sparsity.rows}"
+        )
     with torch.autocast(problem.weight.device.type, enabled=False):  # of a caller
         if not isinstance(sparsity, Stacked):
             return _run_steps(problem, parse_sparsity(sparsity), steps)
