@@ -98,12 +98,7 @@ def prune(
     recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
-    with (
-        interrupted_with(lambda: _how_to_continue(run)),
-        run.created(),
-        hold(out),
-        log_file(run.log_file),
-    ):
+    with interrupted_with(lambda: _how_to_continue(run)), run.created(), hold(out), log_file(run.log_file):
         listener = Logged(told)
         settled = run.record()
         if settled is None:
@@ -128,11 +123,7 @@ def prune(
 
 
 def resume(
-    out: str | Path,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    listener: Listener | None = None,
+    out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None
 ) -> Report:
     """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
 
