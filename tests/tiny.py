@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
 from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, load_run
 
@@ -38,6 +42,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
 }
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+"""A short calibration text."""
 
 ROUTED = {**GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
@@ -178,6 +185,36 @@ def save_unused_expert(folder: Path, expert: int) -> Path:
     return folder
 
 
+def loaded(folder: Path) -> Any:
+    """The whole model of a checkpoint, by transformers."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def opened(folder: Path, dtype: torch.dtype | None = None) -> LayerwiseModel:
+    """The model of a checkpoint without its weights."""
+    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def edited(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint of one file, which are stored again as the block leaves them."""
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder: Path, **entries: Any) -> Path:
+    """Change entries of a checkpoint's config; returns the folder."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
+    return folder
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by name."""
     checkpoint = Checkpoint.open(folder)
@@ -200,14 +237,11 @@ def save_image_text(folder: Path) -> Path:
 
 def store_head(folder: Path, head: str) -> Path:
     """Store the head of a tied llama with ``"other"`` values beside the embedding, ``"equal"`` ones, or ``"alone"``."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
-    if head == "alone":
-        del tensors["model.embed_tokens.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited(folder) as tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
+        if head == "alone":
+            del tensors["model.embed_tokens.weight"]
     return folder
 
 

@@ -24,8 +24,7 @@ from fistapruner.allocate.channels import (
 )
 from fistapruner.core import NM, Constraint
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.checkpoint import Checkpoint, reorder
-from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.checkpoint import reorder
 from fistapruner.models.links import Link
 from fistapruner.models.operators import Operator, discover
 from fistapruner.runs.directory import PruneDirectory
@@ -154,7 +153,7 @@ def test_weights_of_rotated_rows_are_those_of_independent_gradients() -> None:
 
 def test_shares_are_those_of_squared_weights_times_mean_squared_inputs(tmp_path: Path) -> None:
     """Against whole matrices in fp64, and with weights and Grams whose memory is used again after each group."""
-    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    model = tiny.opened(tiny.save("llama", tmp_path / "model"))
     layout = discover(model)
     sparsity: dict[str, Constraint] = {name: NM(2, 4) for name, _ in layout.operators()}
     torch.manual_seed(0)
@@ -204,8 +203,8 @@ def test_a_run_reorders_everything_that_belongs_together(tmp_path: Path, archite
     report = fp.prune(str(folder), tmp_path / "run", **settings)
     assert len(report.permuted) == 3
     assert all(after > before for before, after in report.permuted.values())
-    source = AutoModelForCausalLM.from_pretrained(folder).eval()
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    source = tiny.loaded(folder)
+    pruned = tiny.loaded(tmp_path / "run" / "model")
     changed = [
         name for name, tensor in source.state_dict().items() if not torch.equal(tensor, pruned.state_dict()[name])
     ]

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.checkpoint import ROTATED, Checkpoint, reorder
+from fistapruner.models.checkpoint import ROTATED, reorder
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.links import find_links, links_inside, reordered
 from fistapruner.models.operators import discover
@@ -34,10 +33,6 @@ HEADS = {
 }
 
 
-def opened(folder: Path) -> LayerwiseModel:
-    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
-
-
 def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], prefix: str = "") -> None:
     """Permute the channels of all links at random, and rotate those that may be, in place."""
     for index, link in ((index, link) for index, found in enumerate(links) for link in found):
@@ -52,7 +47,7 @@ def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], p
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
-    skeleton = opened(folder)
+    skeleton = tiny.opened(folder)
     links = find_links(skeleton, discover(skeleton))
     heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
     mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
@@ -82,16 +77,15 @@ def test_channels_that_something_else_reads_in_order_are_not_linked(
         tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     else:
         tiny.save(architecture, folder)
-    skeleton = opened(folder)
+    skeleton = tiny.opened(folder)
     links = find_links(skeleton, discover(skeleton))
     assert all(links)
     assert not any(name.endswith(operator) for found in links for link in found for name in link.producers)
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
-    before = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
-    tensors = load_file(folder / "model.safetensors")
-    reorder_all(skeleton, links, tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    after = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    before = tiny.loaded(folder)(tokens).logits
+    with tiny.edited(folder) as tensors:
+        reorder_all(skeleton, links, tensors)
+    after = tiny.loaded(folder)(tokens).logits
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
@@ -105,7 +99,7 @@ def test_layers_that_differ_in_an_attribute_only_are_tried_each(
         LayerwiseModel, "run", lambda self, index, *rest: [tried.append(index), run(self, index, *rest)][1]
     )
     for architecture, expected in (("llama", {0}), ("gemma2", {0, 1})):
-        skeleton = opened(tiny.save(architecture, tmp_path / architecture))
+        skeleton = tiny.opened(tiny.save(architecture, tmp_path / architecture))
         layout = discover(skeleton)
         tried.clear()
         find_links(skeleton, layout)

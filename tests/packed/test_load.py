@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from pruned import save_pruned
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner
@@ -20,7 +18,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.linear import Int8Embedding
-from tiny import ARCHITECTURES, VOCABULARY, store_head
+from tiny import ARCHITECTURES, VOCABULARY, configure, edited, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -49,10 +47,9 @@ def test_every_way_of_loading_agrees(tmp_path, architecture, values):
     """Where a few experts are not packed, too."""
     source = save_pruned(tmp_path / "m", architecture)
     if values == "some experts":
-        tensors = load_file(source / "model.safetensors")
-        for name in [name for name in tensors if ".experts." in name][::5]:
-            tensors[name] = torch.randn_like(tensors[name]) * 0.1
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        with edited(source) as tensors:
+            for name in [name for name in tensors if ".experts." in name][::5]:
+                tensors[name] = torch.randn_like(tensors[name]) * 0.1
     fistapruner.pack(source, tmp_path / "p", values="int8" if values == "int8" else "same")
     exact = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
     fistapruner.unpack(tmp_path / "p", tmp_path / "u")
@@ -115,9 +112,8 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head, z
     """It is the model's own where its values are not the embedding's, whatever the config says; it may be packed."""
     source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), head)
     if zeros:
-        tensors = load_file(source / "model.safetensors")
-        tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        with edited(source) as tensors:
+            tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
     fistapruner.pack(source, tmp_path / "p")
     assert ("lm_head.weight" in PackedCheckpoint(tmp_path / "p").specs) == zeros
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
@@ -234,9 +230,7 @@ def test_weights_loaded_into_a_packed_model_are_packed(tmp_path):
 def save_odd(folder, changes, architecture="llama"):
     """A packed folder whose config was changed."""
     fistapruner.pack(save_pruned(folder / "m", architecture), folder / "p")
-    path = folder / "p" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder / "p"
+    return configure(folder / "p", **changes)
 
 
 @pytest.mark.parametrize(

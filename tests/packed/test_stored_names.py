@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
-from tiny import GQA, SIZES, save, spread, tokenizer
+from tiny import GQA, SIZES, configure, edited, save, spread, tokenizer
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -68,8 +67,7 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     folder = tmp_path / "dense"
     model.bfloat16()  # as values are packed
     (model.base_model if base else model).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
+    configure(folder, architectures=[type(model).__name__])
     tokenizer().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
@@ -100,21 +98,20 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     sparse.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
 
-    evaluation = fp.evaluate(unpacked, str(text), against=pruned, seqlen=16)
-    assert evaluation.divergence is not None
-    assert evaluation.divergence.kl == 0
+    assert fp.evaluate(unpacked, str(text), against=pruned, seqlen=16).divergence.kl == 0
 
 
 def test_a_missing_tensor_is_not_another_one_with_its_ending(tmp_path: Path) -> None:
     """All tensors have one prefix, which may be any."""
     folder, prefix = save("llama", tmp_path / "dense", num_hidden_layers=1), "part."
-    tensors = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited(folder) as tensors:
+        for name in [*tensors]:
+            tensors[prefix + name] = tensors.pop(name)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     settings = {"method": "magnitude", "calibration": {"source": str(text), "samples": 2, "seqlen": 16}}
     assert fp.prune(folder, tmp_path / "run", **settings).status == "finished"
-    tensors["vision_tower.norm.weight"] = tensors.pop(f"{prefix}model.norm.weight") + 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited(folder) as tensors:
+        tensors["vision_tower.norm.weight"] = tensors.pop(f"{prefix}model.norm.weight") + 1
     with pytest.raises(fp.FistaPrunerError, match=r"tensor 'model\..*weight'.* of LlamaForCausalLM is not in it"):
         fp.prune(folder, tmp_path / "other", **settings)

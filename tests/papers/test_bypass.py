@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.models.safetensors import SafetensorsFile
-from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory
 from fistapruner.runs.directory import PruneDirectory
@@ -26,8 +23,6 @@ from fistapruner.runs.log import Listener
 from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.units import find_units
-
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
 
 def test_the_projection_meets_the_budget_and_keeps_the_order() -> None:
@@ -82,10 +77,10 @@ def test_it_finds_the_best_units_of_a_separable_loss() -> None:
 
 def begin(folder: Path, remove: str, batch_size: int = 8) -> tuple[Bypass, str]:
     """What learns the units of a model, on four windows; and the name of its decoder layers."""
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    model = tiny.opened(folder)
     layout = discover(model).select(Recipe())
     units = find_units(model, layout, Structure.model_validate({"remove": remove, "multiple": 4}))
-    tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    tokens = tiny.tokens(4, 16)
     store = scratch_factory(None, torch.float32)
     return Bypass(model, units, tokens, 1, 0, store, Listener(), batch_size), layout.layers_name
 
@@ -99,7 +94,7 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
     learning, layers_name = begin(folder, remove)
     slots, found = learning.slots, learning.first(3)
 
-    whole, masks, inputs = AutoModelForCausalLM.from_pretrained(folder).eval(), dict[int, Tensor](), dict[int, Tensor]()
+    whole, masks, inputs = tiny.loaded(folder), dict[int, Tensor](), dict[int, Tensor]()
 
     def before(number: int, value: Tensor) -> Tensor:
         inputs[number] = value
@@ -132,7 +127,7 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
     masks = [(torch.rand(learning.count, generator=generator) < 0.6).double() for _ in range(2)]
     found = learning.losses(tokens, masks)
     assert begin(folder, remove, batch_size=1)[0].losses(tokens, masks) == pytest.approx(found, rel=1e-5)
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = tiny.loaded(folder)
     for mask, loss in zip(masks, found, strict=True):
         handles = []
         for index, unit, places in learning.slots:
@@ -170,7 +165,7 @@ class Stopping(Listener):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=2)
     structure: dict[str, Any] = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "bypass", "steps": 25}
-    settings = {"structure": structure, "calibration": SMALL}
+    settings = {"structure": structure, "calibration": tiny.SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
     assert report.totals.time_split["sensitivity"] > 0
     stopping = Stopping(22)
@@ -190,8 +185,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert numerics[0] == numerics[1]
     assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 4
     # The channels with the largest probabilities stay, their weights as they were.
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").eval()
+    dense = tiny.loaded(folder)
+    small = tiny.loaded(tmp_path / "whole" / "model")
     metrics = SafetensorsFile(tmp_path / "whole" / "metrics.safetensors")
     for layer in report.layers:
         name = f"{layer.name}.mlp.down_proj"

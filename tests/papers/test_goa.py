@@ -17,9 +17,7 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.core.linalg import alive_gram
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.goa import (
     DAMPING,
     attention_probabilities,
@@ -33,8 +31,6 @@ from fistapruner.runs.directory import PruneDirectory
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.refit import ChannelStatistics, remove_channels
 from fistapruner.structure.trial import plan_widths
-
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
 
 def attention(*shape: int, seed: int = 0) -> Tensor:
@@ -120,9 +116,9 @@ def test_criterion_b_is_the_energy_of_a_linear_channel() -> None:
 
 def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    model = tiny.opened(folder)
     model.check()
-    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    tokens = tiny.tokens(2, 12)
     with model.embeddings_and_head(head=False):
         entering = torch.cat([model.embed(window[None])[0] for window in tokens])
     states = HiddenStates(tuple(entering.shape), torch.float32)
@@ -158,18 +154,18 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
     folder = tiny.save(architecture, tmp_path / "model")
     structure = {"remove": remove, "multiple": 4, "method": "goa"}
     settings = {"structure": structure, "error_correction": corrected}
-    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
+    report = fp.prune(str(folder), tmp_path / "run", calibration=tiny.SMALL, **settings)
     assert (report.recipe["propagate"], report.recipe["dense_target"], report.recipe["residual"]) == (
         ("pruned", 1.0, "none")
     )
     tokens = PruneDirectory(tmp_path / "run").tokens()
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    dense = tiny.loaded(folder)
+    small = tiny.loaded(tmp_path / "run" / "model")
     producers, consumer = (
         (["fc1"], "fc2") if architecture == "opt" else (["mlp.gate_proj", "mlp.up_proj"], "mlp.down_proj")
     )
     layer = report.layers[1].name
-    mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mixed = tiny.loaded(folder)
     layers = mixed.get_submodule(layer.rpartition(".")[0])
     layers[0] = small.get_submodule(report.layers[0].name)
     layers[1].self_attn = small.get_submodule(layer).self_attn
@@ -205,5 +201,5 @@ def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], z
     folder = tiny.save("llama", tmp_path / "model")
     structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
     with pytest.raises(FistaPrunerError, match=rf"goa has no zeros \({zeros}\)"):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
+        fp.prune(str(folder), tmp_path / "run", calibration=tiny.SMALL, structure=structure, **settings)
     assert not (tmp_path / "run" / "calibration.safetensors").exists()

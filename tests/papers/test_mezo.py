@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.papers.mezo import EPS, Draw, ForwardOnly, standard_normal
 from fistapruner.papers.subzero import RANK, REFRESH, subspace_normal
@@ -47,9 +45,9 @@ def test_subzero_stays_in_its_subspace_until_it_is_drawn_anew() -> None:
 
 
 def begin(folder: Path, method: str, dtype: torch.dtype, rate: float = 1e-3) -> tuple[ForwardOnly, Objective]:
-    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
+    model = tiny.opened(folder, dtype)
     model.check()
-    tokens = torch.randint(3, tiny.VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(3))
+    tokens = tiny.tokens(4, 24, seed=3)
     none = torch.zeros(4, dtype=torch.int64)
     text = TrainingText(tokens, torch.ones(4, 24, dtype=torch.bool), none.bool(), none, ("text",), {})
     model.__dict__["loaded"] = model.resident()

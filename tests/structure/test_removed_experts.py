@@ -10,7 +10,6 @@ import pytest
 import torch
 from problems import TOKENS, assert_alike
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -19,7 +18,6 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
 WIDTHS = {
     "qwen2_moe": {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "intermediate_size": 48},
@@ -39,13 +37,8 @@ MORE: dict[str, Any] = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 
 
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
 def kept(report: Report, layer: int) -> list[int]:
     (removal,) = report.layers[layer].removals
-    assert removal.kept is not None
     return removal.kept
 
 
@@ -78,8 +71,8 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
     """Every bit, where passes have fewer and where experts get another number, too."""
     changes: dict[str, Any] = MORE if architecture == "deepseek_v3" else {}
     folder = tiny.save(architecture, tmp_path / "model", original=original, **changes)
-    report = fp.prune(folder, tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=SMALL)
-    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    report = fp.prune(folder, tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=tiny.SMALL)
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
     before = 8 if changes else 4
     stay = {layer.index: kept(report, layer.index) for layer in report.layers if layer.removals}
     assert any(each != list(range(before // 2)) for each in stay.values())
@@ -102,8 +95,8 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
     folder = tiny.save("qwen3_moe", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL, propagate="dense")
-    dense, calls = loaded(folder), []
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=tiny.SMALL, propagate="dense")
+    dense, calls = tiny.loaded(folder), []
     experts = dense.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda _, args: calls.append(args))
     with torch.no_grad():
@@ -124,12 +117,12 @@ def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path
 
 def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
     folder = tiny.save_unused_expert(tmp_path / "model", 2)
-    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=tiny.SMALL)
     assert kept(report, 0) == kept(report, 1) == [0, 1, 3]
     assert report.method == "reap"
     assert [removal.scores[2] for layer in report.layers for removal in layer.removals if removal.scores] == [0, 0]
     with torch.no_grad():
-        expected, found = (loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
+        expected, found = (tiny.loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -140,8 +133,8 @@ def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_d
 ) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     structure = {**QUARTER, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
-    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL)
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
     assert {name: getattr(small.config, name) for name in WIDTHS[architecture]} == WIDTHS[architecture]
     assert small.num_parameters() == report.totals.model_weights < dense.num_parameters()
     chosen = set()
@@ -164,8 +157,8 @@ def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, me
     """The last two are scores; least squares tries every channel, on the tokens that go to the expert."""
     folder = tiny.save("qwen3_moe", tmp_path / "model")
     structure = {"remove": "mlp=15", "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, propagate="dense")
-    small, dense, calls = loaded(tmp_path / "run" / "model"), loaded(folder), []
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL, propagate="dense")
+    small, dense, calls = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder), []
     experts = dense.model.layers[0].mlp.experts
     experts.register_forward_pre_hook(lambda _, args: calls.append(args))
     with torch.no_grad():
@@ -203,8 +196,8 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method
     """Those that stay choose their channels on their new tokens; with heads, and a pattern, in one run."""
     folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, sparsity="2:4", calibration=SMALL)
-    small = loaded(tmp_path / "run" / "model")
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, sparsity="2:4", calibration=tiny.SMALL)
+    small = tiny.loaded(tmp_path / "run" / "model")
     assert small.num_parameters() == report.totals.model_weights
     config = small.config
     assert (config.num_experts, config.moe_intermediate_size, config.num_key_value_heads) == (3, 12, 1)
@@ -225,11 +218,11 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method
 def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: Path) -> None:
     folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4}
-    fp.prune(folder, tmp_path / "run", structure=structure, sparsity="2:4", calibration=SMALL)
+    fp.prune(folder, tmp_path / "run", structure=structure, sparsity="2:4", calibration=tiny.SMALL)
     fp.pack(tmp_path / "run" / "model", tmp_path / "packed", values="bf16")
     with torch.no_grad():
         packed, small = (
-            model(TOKENS).logits for model in (fp.load(tmp_path / "packed"), loaded(tmp_path / "run/model"))
+            model(TOKENS).logits for model in (fp.load(tmp_path / "packed"), tiny.loaded(tmp_path / "run/model"))
         )
     torch.testing.assert_close(packed.float(), small, rtol=0.05, atol=0.05)
     data = {"source": "python", "tokens": 300, "seqlen": 16}
@@ -241,7 +234,7 @@ def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", **MORE)
-    asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": SMALL}
+    asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": tiny.SMALL}
     asked |= {"method": "sparsegpt", "sparsity": "2:4", "error_correction": False}
     fp.prune(folder, tmp_path / "whole", **asked)
     tiny.begin(folder, tmp_path / "parts", layers=2, **asked)
@@ -249,7 +242,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     shards = tiny.weights(tmp_path / "whole")
     assert len(shards) > 2
     assert tiny.weights(tmp_path / "parts") == shards
-    config = loaded(tmp_path / "whole" / "model").config
+    config = tiny.loaded(tmp_path / "whole" / "model").config
     assert (config.n_routed_experts, config.moe_intermediate_size, config.intermediate_size) == (6, 12, 36)
 
 
@@ -260,11 +253,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 )
 def test_several_processes_share_a_run(tmp_path: Path, architecture: str, structure: Any) -> None:
     folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
-    settings: dict[str, Any] = {"structure": structure, "calibration": SMALL, "propagate": "dense"}
+    settings: dict[str, Any] = {"structure": structure, "calibration": tiny.SMALL, "propagate": "dense"}
     fp.prune(folder, tmp_path / "whole", **settings)
     fp.prune(folder, tmp_path / "parts", **settings, execution={"executor": "process", "workers": 2})
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    assert loaded(tmp_path / "whole" / "model").config.num_key_value_heads == 1
+    assert tiny.loaded(tmp_path / "whole" / "model").config.num_key_value_heads == 1
 
 
 def test_windows_at_a_time_change_the_rounding_only(tmp_path: Path) -> None:
@@ -296,7 +289,7 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
         for removal in layer.removals:
             if removal.tokens is not None and removal.tokens < 48:
                 assert removal.shrink == pytest.approx(48 / (48 + removal.tokens))
-    before, after = mlps(loaded(tmp_path / "model"))[2], mlps(loaded(tmp_path / "run" / "model"))[2]
+    before, after = mlps(tiny.loaded(tmp_path / "model"))[2], mlps(tiny.loaded(tmp_path / "run" / "model"))[2]
     keep = before[1].norm(dim=0).topk(36).indices.sort().values
     assert torch.equal(after[0], before[0][keep])
     assert torch.equal(after[1], before[1][:, keep])
@@ -306,18 +299,18 @@ def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     """DeepSeek's have a multiple of the experts' width; rounded apart, 32 channels would be 20, and 16 are 12."""
     folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
     structure = {"remove": "mlp=36%", "multiple": 4}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL)
     assert report.widths == {"MLP channels": (48, 32), "expert channels": (16, 12), "shared expert channels": (32, 24)}
-    assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
+    assert tiny.loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
 
 
 @pytest.mark.parametrize(("multiple", "said"), [(4, True), (8, False)])
 def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, multiple: int, said: bool) -> None:
     folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     listener, structure = tiny.Said(), {"remove": "mlp=30%", "multiple": multiple}
-    fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
+    fp.prune(folder, tmp_path / "run", structure=structure, calibration=tiny.SMALL, listener=listener)
     assert any("no multiple of 8, do not run in transformers" in each for each in listener.sentences) == said
-    result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
+    result = tiny.loaded(tmp_path / "run" / "model", dtype="auto")
     with pytest.raises(RuntimeError, match="multiple of 16 bytes") if said else nullcontext():
         result(TOKENS)
     result.set_experts_implementation("eager")
@@ -337,5 +330,5 @@ def test_what_does_not_go_with_experts_is_refused(
 ) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
+        fp.prune(str(folder), tmp_path / "run", calibration=tiny.SMALL, **settings)
     assert not (tmp_path / "run" / "model").exists()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from problems import TOKENS, assert_alike
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,8 +26,7 @@ from fistapruner.runs.records import LayerEntry, load_run
 from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
-LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": SMALL}
+LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": tiny.SMALL}
 MLP = {
     "opt": ("fc1", "fc2"),
     "phi": ("mlp.fc1", "mlp.fc2"),
@@ -44,7 +43,7 @@ import sys, json
 sys.modules["fistapruner"] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = tiny.loaded(sys.argv[1])
 print(json.dumps(model(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].tolist()))
 """
 
@@ -76,10 +75,10 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_
     """What is only selected keeps every bit where passes have fewer; of OPT the operators that read, too."""
     folder, flap = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), architecture == "opt"
     structure = {**LESS["structure"], "method": "flap" if flap else "auto"}
-    report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, dtype="bfloat16")
+    report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=tiny.SMALL, dtype="bfloat16")
     out = tmp_path / "run" / "model"
-    small = AutoModelForCausalLM.from_pretrained(out).eval()
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = tiny.loaded(out)
+    dense = tiny.loaded(folder)
     assert report.totals.model_weights == small.num_parameters() < (report.model.parameters or 0)
     producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
     inside = set()
@@ -123,7 +122,7 @@ def test_the_result_loads_without_this_package(tmp_path: Path) -> None:
     fp.prune(str(folder), tmp_path / "run", **LESS)
     out = tmp_path / "run" / "model"
     run = subprocess.run([sys.executable, "-c", LOAD, str(out)], capture_output=True, text=True, check=True)
-    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    model = tiny.loaded(out)
     expected = model(torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
     torch.testing.assert_close(torch.tensor(json.loads(run.stdout.splitlines()[-1])), expected)
 
@@ -136,8 +135,8 @@ def definition(folder: Path, run: Path, layer: LayerEntry, name: str, *, rows: b
     """
     recipe = Recipe.build(load_run(run).recipe)
     tokens = PruneDirectory(run).tokens()
-    dense, before, after = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(3))
-    small = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    dense, before, after = (tiny.loaded(folder) for _ in range(3))
+    small = tiny.loaded(run / "model")
     transposed = small.config.model_type
     layers, _, _ = layer.name.rpartition(".")
     for index in range(layer.index if recipe.propagate == "pruned" else 0):
@@ -179,7 +178,7 @@ def test_errors_are_those_of_the_definition(
 ) -> None:
     """Heads go before channels, which are refitted without them; a bias is refitted, too; zeros come last."""
     folder, run = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), tmp_path / "run"
-    report = fp.prune(folder, run, structure={"remove": remove, "multiple": 4}, calibration=SMALL, **settings)
+    report = fp.prune(folder, run, structure={"remove": remove, "multiple": 4}, calibration=tiny.SMALL, **settings)
     for layer in report.layers:
         assert len(layer.removals) == 1 + remove.count(",")
         for removal in layer.removals:
@@ -199,7 +198,7 @@ def test_operators_that_lose_most_of_their_outputs_aim_at_the_dense_ones_that_st
     """Alone in its group, with no more outputs than inputs afterwards."""
     folder, run = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), tmp_path / "run"
     structure = {"remove": remove, "multiple": 4}
-    report = fp.prune(folder, run, structure=structure, calibration=SMALL, **ALONE, sparsity="50%")
+    report = fp.prune(folder, run, structure=structure, calibration=tiny.SMALL, **ALONE, sparsity="50%")
     for layer in report.layers:
         (entry,) = (operator for operator in layer.operators if operator.name == name)
         outputs, error = definition(folder, run, layer, name, rows=True)
@@ -211,8 +210,8 @@ def test_operators_that_lose_most_of_their_outputs_aim_at_the_dense_ones_that_st
 def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: str) -> None:
     """The error in the report is that of the outputs with the new bias; a bias is not invented."""
     folder, run = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), tmp_path / "run"
-    report = fp.prune(folder, run, calibration=SMALL, structure={**LESS["structure"], "method": "flap"})
-    dense, small = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, run / "model"))
+    report = fp.prune(folder, run, calibration=tiny.SMALL, structure={**LESS["structure"], "method": "flap"})
+    dense, small = (tiny.loaded(path) for path in (folder, run / "model"))
     producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
     layer = report.layers[0]
     (removal,) = layer.removals
@@ -245,11 +244,11 @@ def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount:
     report = fp.prune(
         str(folder),
         tmp_path / "run",
-        calibration=SMALL,
+        calibration=tiny.SMALL,
         structure={"remove": amount, **({"multiple": 4} if "%" in amount else {})},
     )
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = tiny.loaded(tmp_path / "run" / "model")
+    dense = tiny.loaded(folder)
     assert report.widths["key/value groups"] == (2, 1)
     assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (2, 1)
     assert len(report.layers[0].removals) == 1 + amount.startswith("mlp")
@@ -270,7 +269,12 @@ def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount:
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     structure = {"remove": "mlp=25%,heads=1", "multiple": 4}
-    asked: dict[str, Any] = {"structure": structure, "sparsity": "2:4", "calibration": SMALL, "propagate": "pruned"}
+    asked: dict[str, Any] = {
+        "structure": structure,
+        "sparsity": "2:4",
+        "calibration": tiny.SMALL,
+        "propagate": "pruned",
+    }
     fp.prune(folder, tmp_path / "whole", **asked)
     tiny.begin(folder, tmp_path / "parts", layers=2, **asked)
     assert fp.resume(tmp_path / "parts").status == "finished"
@@ -334,7 +338,7 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
 
 def test_a_run_that_prunes_nothing_says_so(tmp_path: Path) -> None:
     folder, told = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tiny.Said()
-    fp.prune(folder, tmp_path / "run", method="magnitude", sparsity="0%", calibration=SMALL, listener=told)
+    fp.prune(folder, tmp_path / "run", method="magnitude", sparsity="0%", calibration=tiny.SMALL, listener=told)
     assert any("no weight becomes zero" in line for line in told.sentences)
 
 
@@ -355,17 +359,16 @@ def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_r
 def test_layers_that_the_model_does_not_read_go_with_their_widths(tmp_path: Path) -> None:
     """Beside them another layer, with a matrix of the same name and another shape, stays; so do single tensors."""
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2, num_nextn_predict_layers=1)
-    file, structure, down = folder / "model.safetensors", "mlp=32", "layers.0.mlp.down_proj.weight"
-    stored = load_file(file)
-    stale = {f"mtp.{down}": stored[f"model.{down}"].clone(), "mtp.layers.0.norm.weight": torch.ones(32)}
+    structure, down, told = "mlp=32", "layers.0.mlp.down_proj.weight", tiny.Said()
     other = {f"vision.{down}": torch.ones(3, 5), "mtp.fc.weight": torch.ones(32, 64)}
-    save_file(stored | stale | other, file, {"format": "pt"})
-    told = tiny.Said()
-    report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=told)
+    with tiny.edited(folder) as stored:
+        stale = {f"mtp.{down}": stored[f"model.{down}"].clone(), "mtp.layers.0.norm.weight": torch.ones(32)}
+        stored.update(stale | other)
+    report = fp.prune(folder, tmp_path / "run", structure=structure, calibration=tiny.SMALL, listener=told)
     (warning,) = (line for line in report.warnings if "does not read" in line)
     assert all(name in warning for name in stale)
     assert warning in told.sentences
-    assert warning in plan_pruning(folder, Recipe.build({"structure": structure, "calibration": SMALL})).says
+    assert warning in plan_pruning(folder, Recipe.build({"structure": structure, "calibration": tiny.SMALL})).says
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not set(stale) & set(written)
     assert set(other) <= set(written)
