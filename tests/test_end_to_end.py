@@ -84,38 +84,19 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     assert all(NM(2, 4).satisfies(tensor) for name, tensor in trained.items() if fnmatch(name, linear))
 
 
-def test_sharded_checkpoint_keeps_its_file_names(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", shard="40KB")
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert len(shards) > 2
-    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration=tiny.SMALL)
-    out = tmp_path / "run" / "model"
-    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    AutoModelForCausalLM.from_pretrained(out)
-
-
-def test_same_recipe_same_bits(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    for run in ("a", "b"):
-        fp.prune(str(folder), tmp_path / run, method="sparsegpt", calibration={**tiny.SMALL, "source": "self"})
-    files = [tiny.weights(tmp_path / run) for run in ("a", "b")]
-    assert files[0] == files[1]
-
-
-def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(
-        str(folder),
-        tmp_path / "run",
-        method="wanda",
-        calibration=tiny.SMALL,
-        targets=["re:mlp"],
-        ignore=["re:layers\\.1\\.", "down_proj"],
-    )
+def test_targets_and_ignore_choose_operators_and_shards_keep_their_names(tmp_path: Path) -> None:
+    folder, index = tiny.save("llama", tmp_path / "model", shard="40KB"), "model.safetensors.index.json"
+    chosen = {"targets": ["re:mlp"], "ignore": ["re:layers\\.1\\.", "down_proj"]}
+    report = fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=tiny.SMALL, **chosen)
     names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
     assert names == {f"model.layers.{index}.mlp.{kind}" for index in (0, 2) for kind in ("gate_proj", "up_proj")}
+    out = tmp_path / "run" / "model"
+    shards, written = (sorted(path.name for path in where.glob("*.safetensors")) for where in (folder, out))
+    assert written == shards
+    assert len(shards) > 2
+    places = [json.loads((where / index).read_text())["weight_map"] for where in (folder, out)]
+    assert places[0] == places[1]
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_an_allocation_by_pattern_is_exact(tmp_path: Path) -> None:
@@ -155,8 +136,6 @@ def test_report_holds_what_fista_did(tmp_path: Path) -> None:
     assert {"lambda", "steps", "e_total", "e_fista"} <= set(step["rounds"][0])
     assert {"capture", "gram", "solve"} <= set(stored["totals"]["time_split"])
     evaluation = report.evaluations[0]
-    assert evaluation.perplexity is not None
-    assert evaluation.reference is not None
     assert evaluation.perplexity.perplexity != evaluation.reference.perplexity
     assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
 
@@ -214,17 +193,3 @@ def test_bad_weights_are_refused_and_what_was_pruned_before_is_kept(tmp_path: Pa
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(fp.FistaPrunerError, match=r"model\.safetensors"):
         fp.prune(tmp_path / "model", tmp_path / "other", calibration=tiny.SMALL)
-
-
-def test_layers_that_are_told_of_tokens_are_refused(tmp_path: Path) -> None:
-    if not hasattr(transformers, "Gemma4TextConfig"):
-        pytest.skip("this release of transformers has no Gemma 4")
-    own = {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 8}
-    own |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128}
-    config = transformers.Gemma4TextConfig(**{**tiny.GQA, **own})
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(fp.FistaPrunerError, match=r"Gemma4ForCausalLM: decoder layer 0 is given .*token ids"):
-        fp.prune(str(tmp_path / "model"), tmp_path / "run", calibration=tiny.SMALL)
-    with pytest.raises(fp.FistaPrunerError, match="token ids"):
-        fp.evaluate(tmp_path / "model", "python", seqlen=32, windows=2)

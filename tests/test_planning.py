@@ -122,17 +122,6 @@ def test_hidden_states_go_to_disk_before_batches_shrink(folder: Path) -> None:
     assert plan_of(folder, **asked, execution=process).choice.on_disk
 
 
-def test_more_windows_need_disk_and_no_memory(folder: Path) -> None:
-    few, many = (
-        bound_of(folder, **{**WANDA, "calibration": {**CALIBRATION, "samples": count}}) for count in (64, 6400)
-    )
-    in_files = Choice(16, on_disk=True)
-    assert peak(many, in_files) - many.base == peak(few, in_files) - few.base
-    assert peak(many, Choice(16)) > peak(few, Choice(16))
-    assert many.disk(in_files, 1) > few.disk(in_files, 1)
-    assert many.disk(in_files, 3) > many.disk(in_files, 1)
-
-
 def test_a_run_that_cannot_fit_is_refused_before_it_works(folder: Path, tmp_path: Path) -> None:
     settings = {**WANDA, "execution": {"memory_limit": "1MiB", "batch_size": 4}}
     refusal = r"^memory_limit 1\.00 MiB is not enough: .* needs .*iB, even with .* 4 windows at a time; give more"
@@ -164,7 +153,6 @@ def test_text_that_the_model_generates_needs_all_of_it(folder: Path) -> None:
 def test_layers_without_operators_are_no_hindrance(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.build({**WANDA, "targets": [r"re:layers\.1\."]})
     plan = plan_pruning(folder, recipe, tmp_path)
-    assert plan.seconds is not None
     assert plan.seconds > 0
 
 

@@ -147,18 +147,11 @@ def state_of(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: file.read(name) for name in ("keep", "baseline")}, file.metadata
 
 
-class Stopping(Listener):
-    """Interrupts a run after so many steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
+class Stopping(tiny.Said):
+    """Interrupts a run after 22 steps."""
 
     def tick(self, what: str, done: int, total: int) -> None:
-        if what == "steps of bypass" and done == self.after:
+        if what == "steps of bypass" and done == 22:
             raise KeyboardInterrupt
 
 
@@ -168,21 +161,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     settings = {"structure": structure, "calibration": tiny.SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
     assert report.totals.time_split["sensitivity"] > 0
-    stopping = Stopping(22)
+    stopping, resumed = Stopping(), tiny.Said()
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
-    stopping = Stopping(-1)
-    fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert "bypass: 20 of 25 steps were taken before" in stopping.said
+    assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.sentences)
+    fp.prune(str(folder), tmp_path / "parts", listener=resumed, **settings)
+    assert "bypass: 20 of 25 steps were taken before" in resumed.sentences
     (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (here["identity"], here["step"]) == (there["identity"], "25")
-    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert tiny.weights(tmp_path / "parts") == tiny.weights(tmp_path / "whole")
     records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]
-    numerics = [record.decision.numerics for record in records if record is not None]
-    assert numerics[0] == numerics[1]
+    assert records[0].decision.numerics == records[1].decision.numerics
     assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 4
     # The channels with the largest probabilities stay, their weights as they were.
     dense = tiny.loaded(folder)

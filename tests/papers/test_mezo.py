@@ -74,7 +74,6 @@ def test_the_slope_is_the_gradient_along_the_direction(tmp_path: Path, method: s
     loss.backward()
     slope = 0.0
     for name, each in trained.weights.items():
-        assert each.grad is not None
         direction = torch.cat([value - rows for rows, value in trained.along(1, name, 1.0)])
         assert name not in trained.pruned or bool((direction[each == 0] == 0).all())
         slope += float((each.grad * direction.detach()).sum())
