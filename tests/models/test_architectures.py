@@ -20,6 +20,7 @@ OUTCOMES = {
     "openai-gpt": "works",  # its layers return lists
     "modernbert-decoder": "works",  # its head is called decoder
     "git": "works",  # its vision tower is as large as its text model
+    "bert": "works",  # two tied biases, of which one is stored
     "mamba": "works",
     "mamba2": "works",
     "olmo_hybrid": "works",  # transformers joins three convolutions to one
