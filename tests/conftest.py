@@ -23,20 +23,15 @@ hypothesis.settings.load_profile("same")  # the same inputs in every run; a fuzz
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_disk() -> Iterator[None]:
-    """Files are left to the system to write: a tiny run waits for the disk longer than it computes.
+def _quick_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What takes longer than the rest of a tiny run is left out, and the user's cache is left alone.
 
-    Processes that tests start, such as those of tests/faults, write as users do.
+    Files are left to the system to write; processes that tests start, such as those of tests/faults, write as users do.
+    Sample prompts have short continuations. Converted GGUF files go with the other files of the tests.
     """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", os.fstat)  # it still takes no descriptor of a closed file
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted GGUF files are kept apart from the user's, and go with the other files of the tests."""
-    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -54,14 +49,6 @@ def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         if "reporting" not in request.path.parts:
             patched.setenv("FISTAPRUNER_FIGURES", "0")
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _short_samples() -> Iterator[None]:
-    """Short continuations of the sample prompts, which take longer than the rest of an evaluation of a tiny model."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         yield
 
 

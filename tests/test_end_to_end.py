@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.core import NM
-from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.operators import discover
 from fistapruner.runs.log import Listener
 
@@ -84,12 +83,15 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     assert all(NM(2, 4).satisfies(tensor) for name, tensor in trained.items() if fnmatch(name, linear))
 
 
-def test_targets_and_ignore_choose_operators_and_shards_keep_their_names(tmp_path: Path) -> None:
+def test_targets_ignore_and_allocation_choose_operators_and_shards_keep_their_names(tmp_path: Path) -> None:
     folder, index = tiny.save("llama", tmp_path / "model", shard="40KB"), "model.safetensors.index.json"
-    chosen = {"targets": ["re:mlp"], "ignore": ["re:layers\\.1\\.", "down_proj"]}
-    report = fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=tiny.SMALL, **chosen)
-    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
-    assert names == {f"model.layers.{index}.mlp.{kind}" for index in (0, 2) for kind in ("gate_proj", "up_proj")}
+    chosen = {"targets": ["re:mlp", "o_proj"], "ignore": ["re:layers\\.1\\.", "o_proj"]}
+    asked = {"mlp.gate_proj": "70%", "mlp.up_proj": "2:4", "mlp.down_proj": "50%"}
+    allocation = {"re:gate": "70%", "up_proj": "2:4"}
+    report = fp.prune(folder, tmp_path / "run", method="wanda", calibration=tiny.SMALL, **chosen, allocation=allocation)
+    assert [{operator.name for operator in layer.operators} for layer in report.layers] == [{*asked}, set(), {*asked}]
+    for operator in (operator for layer in report.layers for operator in layer.operators):
+        assert operator.zeros == fp.parse_sparsity(asked[operator.name]).zeros(*operator.shape), operator.name
     out = tmp_path / "run" / "model"
     shards, written = (sorted(path.name for path in where.glob("*.safetensors")) for where in (folder, out))
     assert written == shards
@@ -97,32 +99,6 @@ def test_targets_and_ignore_choose_operators_and_shards_keep_their_names(tmp_pat
     places = [json.loads((where / index).read_text())["weight_map"] for where in (folder, out)]
     assert places[0] == places[1]
     AutoModelForCausalLM.from_pretrained(out)
-
-
-def test_an_allocation_by_pattern_is_exact(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(
-        str(folder),
-        tmp_path / "run",
-        method="wanda",
-        calibration=tiny.SMALL,
-        allocation={"re:mlp": "70%", "o_proj": "2:4"},
-    )
-    for layer in report.layers:
-        for operator in layer.operators:
-            rows, columns = operator.shape
-            asked = fp.parse_sparsity(
-                "70%" if "mlp" in operator.name else "2:4" if "o_proj" in operator.name else "50%"
-            )
-            assert operator.zeros == asked.zeros(rows, columns), operator.name
-
-
-def test_dense_model_at_sparsity_zero(tmp_path: Path) -> None:
-    folder = tiny.save("gpt2", tmp_path / "model", dtype=torch.bfloat16)
-    fp.prune(str(folder), tmp_path / "run", sparsity=0.0, method="sparsegpt", calibration=tiny.SMALL)
-    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "run" / "model")
-    for name in before.names():
-        assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_report_holds_what_fista_did(tmp_path: Path) -> None:

@@ -169,8 +169,12 @@ def save(
     **changes: Any,
 ) -> Path:
     """Save a tiny model with its tokenizer, under its names of today where not ``original``; returns the folder."""
-    model = build(architecture, **changes).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard, save_original_format=original)
+    return store(build(architecture, **changes).to(dtype), folder, max_shard_size=shard, save_original_format=original)
+
+
+def store(model: Any, folder: Path, **settings: Any) -> Path:
+    """Save a model with a tokenizer; returns the folder."""
+    model.save_pretrained(folder, **settings)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -180,9 +184,7 @@ def save_unused_expert(folder: Path, expert: int) -> Path:
     model = build("gpt_oss")
     for layer in model.model.layers:
         layer.mlp.router.bias.data[expert] = -1e4
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return store(model, folder)
 
 
 def loaded(folder: Path) -> Any:
@@ -229,8 +231,7 @@ def save_image_text(folder: Path) -> Path:
     tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 4}
     torch.manual_seed(0)
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False)
-    spread(transformers.AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    store(spread(transformers.AutoModelForImageTextToText.from_config(config)), folder)
     (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
     return folder
 

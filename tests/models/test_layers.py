@@ -30,9 +30,7 @@ BERT = {**tiny.SIZES, **tiny.WIDE, "is_decoder": True}
 
 def save(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.store(transformers.AutoModelForCausalLM.from_config(config), folder)
 
 
 def opened(folder: Path) -> LayerwiseModel:

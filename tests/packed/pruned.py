@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fistapruner.core import parse_sparsity
-from tiny import build, tokenizer
+from tiny import build, store
 
 
 def prune_linears(model, sparsity: str) -> None:
@@ -43,9 +43,7 @@ def save_pruned(
         parameter.data = torch.where((parameter == 0) & (torch.rand(parameter.shape) < 0.5), -0.0, parameter.data).to(
             dtype
         )
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return store(model, folder, max_shard_size=shard)
 
 
 def pickle_weights(folder: Path) -> Path:

@@ -41,8 +41,7 @@ QUICK = [("qwen3_moe", "some experts"), ("mixtral", "same"), *(case for case in 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "values"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    ("architecture", "values"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_every_way_of_loading_agrees(tmp_path, architecture, values):
     """Where a few experts are not packed, too."""

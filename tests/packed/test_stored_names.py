@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
-from tiny import GQA, SIZES, configure, edited, save, spread, tokenizer
+from tiny import GQA, SIZES, configure, edited, save, spread, store
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -66,9 +66,8 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     model = spread(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval())
     folder = tmp_path / "dense"
     model.bfloat16()  # as values are packed
-    (model.base_model if base else model).save_pretrained(folder)
+    store(model.base_model if base else model, folder)
     configure(folder, architectures=[type(model).__name__])
-    tokenizer().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     fp.prune(

@@ -194,8 +194,7 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
 
 
 @pytest.mark.parametrize(
-    ("settings", "zeros"),
-    [({"sparsity": "50%"}, "50%"), ({"allocation": {"v_proj": "0%", "down_proj": "2:4"}}, "2:4")],
+    ("settings", "zeros"), [({"sparsity": "50%"}, "50%"), ({"allocation": {"v_proj": "0%", "down_proj": "2:4"}}, "2:4")]
 )
 def test_zeros_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any], zeros: str) -> None:
     folder = tiny.save("llama", tmp_path / "model")

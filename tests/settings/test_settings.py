@@ -18,13 +18,7 @@ from pydantic import ValidationError
 import tiny
 from fistapruner import AlignRecipe, FistaPrunerError, Recipe, align, prune, recover
 from fistapruner.core import NM
-from fistapruner.settings.parse import (
-    load_recipe_settings,
-    merge_settings,
-    parse_bytes,
-    parse_count,
-    parse_value,
-)
+from fistapruner.settings.parse import load_recipe_settings, merge_settings, parse_bytes, parse_count, parse_value
 from fistapruner.settings.prune import Calibration
 from fistapruner.settings.structure import Remove
 from fistapruner.settings.train import RecoverRecipe

@@ -10,14 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    MptConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MptConfig, PreTrainedTokenizerFast
 
 from fistapruner import FistaPrunerError
 from fistapruner.papers.mamf import Mixture
@@ -188,10 +181,7 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(FistaPrunerError, match=words):
             drawn(text, 4)
-    for source, words in (
-        ("absent.txt", "neither a"),
-        ("wikitext3", "'wikitext3' is neither a"),
-    ):
+    for source, words in (("absent.txt", "neither a"), ("wikitext3", "'wikitext3' is neither a")):
         with pytest.raises(FistaPrunerError, match=words):
             calibration_tokens(Calibration(source=source, samples=2), letters_tokenizer(), 64)
 
