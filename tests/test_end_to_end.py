@@ -22,9 +22,7 @@ SOME = ("gpt2", "llama", "opt", "phi3")
 """Transposed, separate, biased and fused operators; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES]
-)
+@pytest.mark.parametrize("architecture", tiny.quick_first(tiny.ARCHITECTURES, SOME))
 def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
     hard = {"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}

@@ -87,10 +87,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-SLOW = ("together", "compared heads", "fewer experts", "narrower experts", "low rank")
+QUICK = ("default", "drift", "reconstructed", "channels", "heads", "experts")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUNS])
+@pytest.mark.parametrize("name", tiny.quick_first(RUNS, QUICK))
 def test_runs_keep_the_bound(name: str, tmp_path: Path) -> None:
     """Bytes of tensors are counted while a run works: at most those of the bound, which is not far above them."""
     architecture, settings = RUNS[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,22 +95,25 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 Gemma 4's experts and router stand in the decoder layer itself.
 """
 
-LLAMA = ("self_attn.o_proj", "mlp.down_proj")
-ADDING = {
-    "llama": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "mistral": LLAMA,
-    "phi3": LLAMA,
-    "opt": ("self_attn.out_proj", "fc2"),
-    "phi": ("self_attn.dense", "mlp.fc2"),
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "gemma2": (),  # another norm comes between
-    "gemma3": (),
+MLP = {
+    "opt": (("fc1",), "fc2"),
+    "phi": (("mlp.fc1",), "mlp.fc2"),
+    "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
+    "phi3": (("mlp.gate_up_proj",), "mlp.down_proj"),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom"), (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
 }
+MLP = {each: MLP.get(each, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")) for each in ARCHITECTURES}
+"""The operators that write the channels of an MLP, and the one that reads them."""
+
+ATTENTION = {
+    "opt": "self_attn.out_proj",
+    "phi": "self_attn.dense",
+    "gpt_neox": "attention.dense",
+    "gpt2": "attn.c_proj",
+}
+ATTENTION |= dict.fromkeys(("falcon", "bloom"), "self_attention.dense")
+ADDING = {each: (ATTENTION.get(each, "self_attn.o_proj"), MLP[each][1]) for each in ARCHITECTURES}
+ADDING |= dict.fromkeys(("gemma2", "gemma3"), ())  # another norm comes between
 """The operators of a decoder layer whose output is added to the hidden states."""
 
 
@@ -118,6 +121,11 @@ def need_transformers(release: str) -> None:
     """Skip the test or file where transformers is older: the package takes it, but it does not yet what they say."""
     if Version(transformers.__version__) < Version(release):
         pytest.skip(f"needs transformers {release}", allow_module_level=True)
+
+
+def quick_first(names: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Cases of a test, the others than quick ones marked as slow."""
+    return [pytest.param(each, marks=() if each in quick else pytest.mark.slow) for each in names]
 
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:

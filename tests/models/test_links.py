@@ -19,18 +19,8 @@ from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.links import find_links, links_inside, reordered
 from fistapruner.models.operators import discover
 
-MLP = {
-    "opt": (("fc1",), "fc2"),
-    "phi": (("mlp.fc1",), "mlp.fc2"),
-    "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
-    **dict.fromkeys(["gpt_neox", "falcon", "bloom"], (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
-    "phi3": None,  # gate and up are one operator with twice the rows
-}
-HEADS = {
-    "opt": (("self_attn.v_proj",), "self_attn.out_proj"),
-    "phi": (("self_attn.v_proj",), "self_attn.dense"),
-    **dict.fromkeys(["gpt2", "gpt_neox", "falcon", "bloom", "phi3"]),  # query, key and value are one operator
-}
+FUSED = ("gpt2", "gpt_neox", "falcon", "bloom", "phi3")
+"""Architectures whose query, key and value are one operator."""
 
 
 def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], prefix: str = "") -> None:
@@ -49,8 +39,10 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
     skeleton = tiny.opened(folder)
     links = find_links(skeleton, discover(skeleton))
-    heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
-    mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
+    heads = (
+        None if architecture in FUSED else (("self_attn.v_proj",), tiny.ATTENTION.get(architecture, "self_attn.o_proj"))
+    )
+    mlp = None if architecture == "phi3" else tiny.MLP[architecture]  # its gate and up are one operator
     for found in links:
         assert {(link.producers, link.consumer.name) for link in found} == {heads, mlp} - {None}
         assert all(

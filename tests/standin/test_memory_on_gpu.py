@@ -57,9 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("default", "best") else pytest.mark.slow) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", tiny.quick_first(SETTINGS, ("default", "best")))
 def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_path: Path, name: str) -> None:
     report = prune(wide, tmp_path / "run", **SETTINGS[name])
     planned = max(plan_pruning(wide, Recipe.build(report.recipe)).device_memory.values())

@@ -32,7 +32,7 @@ WIDTHS = {
 """What a quarter makes of the configs: entries that no MLP has its width from stay."""
 SOME = ("deepseek_v3", "gpt_oss", "qwen2_moe")
 """Mixtures with groups, in one tensor, with a shared expert; the others are slow tests."""
-EVERY = [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.MIXTURES]
+EVERY = tiny.quick_first(tiny.MIXTURES, SOME)
 MORE: dict[str, Any] = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 

@@ -27,16 +27,6 @@ from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 
 LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": tiny.SMALL}
-MLP = {
-    "opt": ("fc1", "fc2"),
-    "phi": ("mlp.fc1", "mlp.fc2"),
-    "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
-    "falcon": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    "phi3": ("mlp.gate_up_proj", "mlp.down_proj"),
-}
-"""The operators that write and read the MLP's channels, where they are not up_proj (and gate_proj) and down_proj."""
-
 
 LOAD = """
 import sys, json
@@ -64,13 +54,7 @@ SOME = ("gpt2", "gpt_neox", "llama", "opt", "phi3")
 """Separate, fused and transposed operators, with and without biases; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(each, marks=[] if each in SOME else pytest.mark.slow)
-        for each in sorted(set(tiny.ARCHITECTURES) - {"bloom"})
-    ],
-)
+@pytest.mark.parametrize("architecture", tiny.quick_first(sorted(set(tiny.ARCHITECTURES) - {"bloom"}), SOME))
 def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_path: Path, architecture: str) -> None:
     """What is only selected keeps every bit where passes have fewer; of OPT the operators that read, too."""
     folder, flap = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2), architecture == "opt"
@@ -80,7 +64,7 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_
     small = tiny.loaded(out)
     dense = tiny.loaded(folder)
     assert report.totals.model_weights == small.num_parameters() < (report.model.parameters or 0)
-    producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
+    (*_, producer), consumer = tiny.MLP[architecture]
     inside = set()
     for layer in report.layers:
         (removal,) = layer.removals

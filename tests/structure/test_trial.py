@@ -35,9 +35,7 @@ def planned(folder: Path, amount: str, multiple: int = 8, **selection: Any) -> t
 
 
 SOME = {"bloom", "gemma2", "gpt2", "llama", "opt", "phi", "phi3"}
-over_architectures = pytest.mark.parametrize(
-    "architecture", [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES]
-)
+over_architectures = pytest.mark.parametrize("architecture", tiny.quick_first(tiny.ARCHITECTURES, SOME))
 
 
 @over_architectures

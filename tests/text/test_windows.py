@@ -181,9 +181,8 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(FistaPrunerError, match=words):
             drawn(text, 4)
-    for source, words in (("absent.txt", "neither a"), ("wikitext3", "'wikitext3' is neither a")):
-        with pytest.raises(FistaPrunerError, match=words):
-            calibration_tokens(Calibration(source=source, samples=2), letters_tokenizer(), 64)
+    with pytest.raises(FistaPrunerError, match="'wikitext3' is neither a"):
+        calibration_tokens(Calibration(source="wikitext3", samples=2), letters_tokenizer(), 64)
 
 
 def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
