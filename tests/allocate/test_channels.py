@@ -88,25 +88,22 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
     """Inputs of a head are correlated, as those of attention are."""
     pattern, blocks, channels = NM(2, 4), 2, 8
     link = Link(("v_proj",), reads(blocks * repeats * channels), blocks, repeats, rotates=True)
-    for seed in range(1):
-        torch.manual_seed(seed)
-        mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
-        inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
-        reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
-        writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
-        rotation = head_rotation(link, reader, gram, pattern, writer, energy)
-        exact = rotation.double()
-        torch.testing.assert_close(
-            exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0
-        )
-        assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
-        scores = reader.square() * gram.diagonal()
-        order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-        reordered = kept_share(scores[:, link.places(order)[1]], pattern)
-        after = reorder(reader, 1, rotation).square() * rotated_energy(link, gram, rotation)
-        assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
-        made = reorder(writer, 0, rotation).square() * energy
-        assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
+    torch.manual_seed(0)
+    mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
+    inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
+    reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
+    writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
+    rotation = head_rotation(link, reader, gram, pattern, writer, energy)
+    exact = rotation.double()
+    torch.testing.assert_close(exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0)
+    assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
+    scores = reader.square() * gram.diagonal()
+    order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
+    reordered = kept_share(scores[:, link.places(order)[1]], pattern)
+    after = reorder(reader, 1, rotation).square() * rotated_energy(link, gram, rotation)
+    assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
+    made = reorder(writer, 0, rotation).square() * energy
+    assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
     energy[16:] = 0.0  # what no input reaches decides nothing
     moved = torch.cat([writer[:, :16], 10 * torch.randn(blocks * channels, 16)], 1)
     rotation, same = (head_rotation(link, reader, gram, pattern, each, energy) for each in (writer, moved))

@@ -62,19 +62,6 @@ def test_the_gradient_is_unbiased_for_its_target(baseline: float) -> None:
     torch.testing.assert_close(mean, target, rtol=1e-5, atol=1e-6)
 
 
-def test_it_finds_the_best_units_of_a_separable_loss() -> None:
-    worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    keep, baseline = torch.full((6,), 0.5, dtype=torch.float64), math.nan
-    for step in range(800):
-        masks = list((torch.rand(2, 6, generator=generator, dtype=torch.float64) < keep).double())
-        losses = [float((worth * (1 - mask)).sum()) for mask in masks]
-        keep, baseline = descend(keep, baseline, masks, losses, 0.05 * (1 - step / 800), [(slice(0, 6), 3)])
-        assert 0 <= float(keep.min()) <= float(keep.max()) <= 1
-        assert float(keep.sum()) <= 3 + 1e-9
-    assert set(keep.topk(3).indices.tolist()) == {1, 3, 5}
-
-
 def begin(folder: Path, remove: str, batch_size: int = 8) -> tuple[Bypass, str]:
     """What learns the units of a model, on four windows; and the name of its decoder layers."""
     model = tiny.opened(folder)
