@@ -1,7 +1,5 @@
 """Shared set-up: the tests' folder is importable, nothing asks a network, output stays readable."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

@@ -1,7 +1,5 @@
 """Speed of models without processes of their own, for tests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

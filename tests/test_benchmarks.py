@@ -1,7 +1,5 @@
 """Programs of ``benchmarks/`` on tiny problems: their examples can be pasted, and they keep what they measured."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

@@ -1,7 +1,5 @@
 """From a checkpoint to a pruned checkpoint that transformers loads, for many architectures, through the public API."""
 
-from __future__ import annotations
-
 import json
 from fnmatch import fnmatch
 from pathlib import Path

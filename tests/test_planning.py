@@ -1,7 +1,5 @@
 """The plan before a run: a bound that runs keep, what it changes to fit, when it refuses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

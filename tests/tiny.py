@@ -1,7 +1,5 @@
 """Tiny randomly initialised models of many architectures, saved as Hugging Face folders; what their runs say."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Container, Iterable, Iterator

@@ -3,8 +3,6 @@
 PYTHONPATH=tests python tests/walk.py > docs/walk.md
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import inspect

@@ -1,7 +1,5 @@
 """Where zeros go: exact totals, bounds, least cost; which recipes measure what, and what they refuse."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Orders of channels and rotations of heads: against brute force and whole matrices, and runs that use them."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations, product
 from pathlib import Path

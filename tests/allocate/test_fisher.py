@@ -1,7 +1,5 @@
 """Sensitivities measured layer by layer, against automatic differentiation of the whole model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

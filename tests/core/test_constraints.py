@@ -1,7 +1,5 @@
 """Properties that every constraint has, a newcomer's too; texts; exact selection."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import re

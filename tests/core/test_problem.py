@@ -1,7 +1,5 @@
 """The layer problem equals its definition on explicit activations, in fp64."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

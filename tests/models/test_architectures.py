@@ -1,8 +1,6 @@
 """A sample of the architectures of the installed transformers; ``benchmarks/architectures.py`` goes through all of
 them."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

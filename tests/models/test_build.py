@@ -1,7 +1,5 @@
 """A config that describes no model is refused; whole models run in the precision of passes layer by layer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

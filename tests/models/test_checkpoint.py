@@ -1,7 +1,5 @@
 """Checkpoint folders: what is read, what is refused, and what is written from them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Mixtures of experts are walked, and their experts are operators, however the checkpoint stores them."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

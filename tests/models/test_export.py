@@ -1,7 +1,5 @@
 """Export to GGUF: llama.cpp and transformers read the model that was written, and other models are refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Running a model layer by layer is what its own forward pass does, or it is refused in one sentence before any
 work."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Links of operators whose channels can be reordered or rotated: found in every architecture, and proven."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is found out about decoder layers by watching them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

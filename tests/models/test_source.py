@@ -1,7 +1,5 @@
 """What a user may call a model, and what the errors say when there is none."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

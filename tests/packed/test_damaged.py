@@ -4,8 +4,6 @@ The checksums are switched off, as a hostile author would make them fit; what re
 rules.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Packed folders as transformers models: the same logits, the same text, on every architecture."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

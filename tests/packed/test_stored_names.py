@@ -1,8 +1,6 @@
 """Checkpoints whose tensors are not called as in the model: pruned, inspected, packed, loaded, unpacked and evaluated
 like others."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

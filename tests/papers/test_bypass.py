@@ -1,7 +1,5 @@
 """Bypass-BP: its projection and gradient against enumeration, its losses against whole models, kill and resume."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GOA: both criteria against independent computations, its reconstruction against least squares on whole models."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """MAMF: enough rounds that no task is missed, the same number of tokens from each task of a round."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """MeZO and SubZero: the estimate against autograd, steps from seeds, zeros kept, rounding without bias."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Preference losses against their definitions, many-digit arithmetic, finite differences and MRPO's public code."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import mpmath

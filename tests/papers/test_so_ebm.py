@@ -1,7 +1,5 @@
 """SO-EBM: its gradient against quadrature, its decisions against another solver, the workload file, whole runs."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

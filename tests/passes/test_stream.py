@@ -1,7 +1,5 @@
 """Hidden states streamed layer by layer, forwards and backwards, against the whole model in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

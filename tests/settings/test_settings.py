@@ -1,7 +1,5 @@
 """How recipes are read, and what they settle before a run begins."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from shutil import rmtree

@@ -1,7 +1,5 @@
 """Properties that every solver, every refinement and every constraint must have."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any

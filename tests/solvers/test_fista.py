@@ -1,7 +1,5 @@
 """FISTAPruner against the paper's iteration and outer loop in fp64, and against the optimum of its l1 problem."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

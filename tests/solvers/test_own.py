@@ -1,7 +1,5 @@
 """A user's own method: a class in a file, or an entry point, from a solve to a resumed run and a comparison."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The splitting against ADMM with an explicit dual in fp64; the default solver; sparse plus low rank."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

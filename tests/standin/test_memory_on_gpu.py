@@ -1,7 +1,5 @@
 """The memory of a GPU: planned as it is used, and a run that goes on with less where it runs out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole runs on stand-in GPUs: methods, structure, recovery, alignment, executors, evaluation. They are slow tests."""
 
-from __future__ import annotations
-
 import gc
 import json
 from pathlib import Path

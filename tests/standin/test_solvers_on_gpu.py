@@ -1,7 +1,5 @@
 """Solvers on a stand-in GPU: no tensor of another device, the CPU's result, no wait inside the default's iterations."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """Small layer problems of channels, what is known of their inputs, and models that must compute the same."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The weights of the channels that stay: optimality, shrinkage by cross-validation, bias, statistics."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

@@ -1,7 +1,5 @@
 """Experts, and channels of experts, are removed; the result is an ordinary smaller checkpoint."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any

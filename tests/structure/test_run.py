@@ -1,7 +1,5 @@
 """A run that removes structure: the result is an ordinary smaller model, whose errors are those of the definition."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

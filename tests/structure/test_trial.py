@@ -1,7 +1,5 @@
 """What can be removed is found and tried for every architecture, or refused by name before any work."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any

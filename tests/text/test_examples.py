@@ -1,7 +1,5 @@
 """Examples with answers: which tokens carry loss, packing without splitting, every line that is refused."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading documents: every kind of file, and every way in which one can be wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

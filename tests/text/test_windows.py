@@ -1,7 +1,5 @@
 """Windows of calibration tokens: how they are drawn, that the seed decides them, what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
