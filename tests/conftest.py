@@ -35,15 +35,13 @@ def _quick_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> None:
-    """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run."""
+def _quick_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run.
+
+    So does the drawing of pages, which have their drawings in tests of reporting only.
+    """
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pages without their drawings, which take longer than the rest of a tiny run; tests of reporting draw them."""
     with pytest.MonkeyPatch.context() as patched:
         if "reporting" not in request.path.parts:
             patched.setenv("FISTAPRUNER_FIGURES", "0")

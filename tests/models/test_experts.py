@@ -64,15 +64,13 @@ def by_hand(architecture: str, matrices: dict[str, Tensor], x: Tensor) -> Tensor
 
 def stored(architecture: str, tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
     """The matrices of an expert in decoder layer 1, (outputs, inputs), as the published checkpoint has them."""
-    if architecture in ("gpt_oss", "granitemoe", "gemma4"):
-        names = {
-            "gpt_oss": {"joined": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
-            "granitemoe": {
-                "joined": "block_sparse_moe.input_linear.weight",
-                "down": "block_sparse_moe.output_linear.weight",
-            },
-            "gemma4": {"joined": "experts.gate_up_proj", "down": "experts.down_proj"},
-        }[architecture]
+    stacks = {
+        "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        "gemma4": ("experts.gate_up_proj", "experts.down_proj"),
+    }
+    if architecture in stacks:
+        names = dict(zip(("joined", "down"), stacks[architecture], strict=True))
         found = {key: tensors[f"model.layers.1.{name}"][expert] for key, name in names.items()}
         if architecture == "gpt_oss":
             found = {key: value.T for key, value in found.items()}

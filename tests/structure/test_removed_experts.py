@@ -35,6 +35,15 @@ MORE: dict[str, Any] = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 
 
+def expert_inputs(dense: Any, layer: int, run: Path) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """The experts of a layer of a whole model; the inputs of its tokens, their experts and weights."""
+    calls, experts = [], dense.model.layers[layer].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.no_grad():
+        dense(PruneDirectory(run).tokens())
+    return experts, *calls[0]
+
+
 def kept(report: Report, layer: int) -> list[int]:
     (removal,) = report.layers[layer].removals
     return removal.kept
@@ -94,12 +103,8 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
     folder = tiny.save("qwen3_moe", tmp_path / "model")
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=tiny.SMALL, propagate="dense")
-    dense, calls = tiny.loaded(folder), []
-    experts = dense.model.layers[1].mlp.experts
-    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    experts, inputs, chosen, weights = expert_inputs(tiny.loaded(folder), 1, tmp_path / "run")
     with torch.no_grad():
-        dense(PruneDirectory(tmp_path / "run").tokens())
-        inputs, chosen, weights = calls[0]
         scores = []
         for expert in range(4):
             losses = []
@@ -156,12 +161,8 @@ def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, me
     folder = tiny.save("qwen3_moe", tmp_path / "model")
     structure = {"remove": "mlp=15", "method": method}
     report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL, propagate="dense")
-    small, dense, calls = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder), []
-    experts = dense.model.layers[0].mlp.experts
-    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
-    with torch.no_grad():
-        dense(PruneDirectory(tmp_path / "run").tokens())
-    inputs, routed, _ = calls[0]
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
+    experts, inputs, routed, _ = expert_inputs(dense, 0, tmp_path / "run")
     dense.requires_grad_(requires_grad=False)
     for number, (write, read, _) in enumerate(mlps(small)[:4]):
         tokens = inputs[(routed == number).any(1)]

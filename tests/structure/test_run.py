@@ -231,23 +231,6 @@ def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount:
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    structure = {"remove": "mlp=25%,heads=1", "multiple": 4}
-    asked: dict[str, Any] = {
-        "structure": structure,
-        "sparsity": "2:4",
-        "calibration": tiny.SMALL,
-        "propagate": "pruned",
-    }
-    fp.prune(folder, tmp_path / "whole", **asked)
-    tiny.begin(folder, tmp_path / "parts", layers=2, **asked)
-    assert fp.resume(tmp_path / "parts").status == "finished"
-    assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    configs = [(tmp_path / run / "model" / "config.json").read_bytes() for run in ("whole", "parts")]
-    assert configs[0] == configs[1]
-
-
 @pytest.mark.parametrize("allocation", ["uniform", {"re:.": "0%", "re:self_attn": "50%"}], ids=str)
 def test_structure_and_sparsity_in_one_run(tmp_path: Path, allocation: Any) -> None:
     """The share is exact over the smaller shapes."""
