@@ -10,6 +10,14 @@ from torch import nn
 from fistapruner.core import parse_sparsity
 from tiny import build, store
 
+IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+"""Tokens that no model takes for those of images."""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
 
 def prune_linears(model, sparsity: str) -> None:
     """Magnitude-prune the linear operators outside embeddings and head, in place."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from pruned import save_pruned
+from pruned import IDS, logits, save_pruned
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
@@ -17,15 +17,7 @@ from fistapruner.models.checkpoint import QUANT_METHOD, Checkpoint
 from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.linear import Int8Embedding
-from tiny import ARCHITECTURES, VOCABULARY, configure, edited, store_head
-
-IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
+from tiny import ARCHITECTURES, configure, edited, store_head
 
 SOME = ("gpt2", "llama", "opt", "phi3")
 """Transposed, separate, biased and fused operators; the others are slow tests."""

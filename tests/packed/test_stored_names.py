@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from pruned import logits
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
@@ -32,13 +33,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool, str, str]] = {
     "Exaone": ("ExaoneConfig", TWO, False, f"model.{Q}", "transformer.h.0.attn.attention.q_proj.weight"),
     "Gemma 3": ("Gemma3Config", GEMMA, False, f"model.language_model.{Q}", f"language_model.model.{Q}.weight"),
 }
-IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS).logits
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
