@@ -286,6 +286,14 @@ def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) 
     return load_run(Path(out))
 
 
+def prune(
+    place: Path, architecture: str = "llama", changes: dict[str, Any] | None = None, **settings: Any
+) -> fp.Report:
+    """Save a tiny model as ``model`` and prune it to ``run``, on a short text if none is given; returns the report."""
+    model = save(architecture, place / "model", **(changes or {}))
+    return fp.prune(model, place / "run", **{"calibration": SMALL, **settings})
+
+
 def free_port() -> int:
     """A port of this machine at which processes can meet."""
     with socket.socket() as free:

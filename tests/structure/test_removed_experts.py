@@ -17,6 +17,7 @@ from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
+GOA = {**QUARTER, "method": "goa"}
 WIDTHS = {
     "qwen2_moe": {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "intermediate_size": 48},
     "qwen3_moe": {"moe_intermediate_size": 12, "intermediate_size": 48},
@@ -77,9 +78,9 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 ) -> None:
     """Every bit, where passes have fewer and where experts get another number, too."""
     changes: dict[str, Any] = MORE if architecture == "deepseek_v3" else {}
-    folder = tiny.save(architecture, tmp_path / "model", original=original, **changes)
-    report = fp.prune(folder, tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=tiny.SMALL)
-    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
+    model = {"original": original, **changes}
+    report = tiny.prune(tmp_path, architecture, model, structure="experts=50%", dtype="bfloat16")
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
     before = 8 if changes else 4
     stay = {layer.index: kept(report, layer.index) for layer in report.layers if layer.removals}
     assert any(each != list(range(before // 2)) for each in stay.values())
@@ -101,9 +102,8 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 
 
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=tiny.SMALL, propagate="dense")
-    experts, inputs, chosen, weights = expert_inputs(tiny.loaded(folder), 1, tmp_path / "run")
+    report = tiny.prune(tmp_path, "qwen3_moe", structure="experts=1", propagate="dense")
+    experts, inputs, chosen, weights = expert_inputs(tiny.loaded(tmp_path / "model"), 1, tmp_path / "run")
     with torch.no_grad():
         scores = []
         for expert in range(4):
@@ -134,10 +134,8 @@ def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_noth
 def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_does(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
-    structure = {**QUARTER, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL)
-    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
+    report = tiny.prune(tmp_path, architecture, structure={**QUARTER, "method": method})
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
     assert {name: getattr(small.config, name) for name in WIDTHS[architecture]} == WIDTHS[architecture]
     assert small.num_parameters() == report.totals.model_weights < dense.num_parameters()
     chosen = set()
@@ -158,10 +156,8 @@ def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_d
 @pytest.mark.parametrize("method", ["obs", "energy", "magnitude", "flap"])
 def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, method: str) -> None:
     """The last two are scores; least squares tries every channel, on the tokens that go to the expert."""
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    structure = {"remove": "mlp=15", "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL, propagate="dense")
-    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(folder)
+    report = tiny.prune(tmp_path, "qwen3_moe", structure={"remove": "mlp=15", "method": method}, propagate="dense")
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
     experts, inputs, routed, _ = expert_inputs(dense, 0, tmp_path / "run")
     dense.requires_grad_(requires_grad=False)
     for number, (write, read, _) in enumerate(mlps(small)[:4]):
@@ -193,9 +189,8 @@ def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, me
 @pytest.mark.parametrize("method", ["obs", "energy", "magnitude", "flap"])
 def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method: str) -> None:
     """Those that stay choose their channels on their new tokens; with heads, and a pattern, in one run."""
-    folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, sparsity="2:4", calibration=tiny.SMALL)
+    report = tiny.prune(tmp_path, "qwen2_moe", structure=structure, sparsity="2:4")
     small = tiny.loaded(tmp_path / "run" / "model")
     assert small.num_parameters() == report.totals.model_weights
     config = small.config
@@ -215,9 +210,8 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method
 
 
 def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: Path) -> None:
-    folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4}
-    fp.prune(folder, tmp_path / "run", structure=structure, sparsity="2:4", calibration=tiny.SMALL)
+    tiny.prune(tmp_path, "qwen2_moe", structure=structure, sparsity="2:4")
     fp.pack(tmp_path / "run" / "model", tmp_path / "packed", values="bf16")
     with torch.no_grad():
         packed, small = (
@@ -296,18 +290,16 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
 
 def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     """DeepSeek's have a multiple of the experts' width; rounded apart, 32 channels would be 20, and 16 are 12."""
-    folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
     structure = {"remove": "mlp=36%", "multiple": 4}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=tiny.SMALL)
+    report = tiny.prune(tmp_path, "deepseek_v3", {"n_shared_experts": 2}, structure=structure)
     assert report.widths == {"MLP channels": (48, 32), "expert channels": (16, 12), "shared expert channels": (32, 24)}
     assert tiny.loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
 
 
 @pytest.mark.parametrize(("multiple", "said"), [(4, True), (8, False)])
 def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, multiple: int, said: bool) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     listener, structure = tiny.Said(), {"remove": "mlp=30%", "multiple": multiple}
-    fp.prune(folder, tmp_path / "run", structure=structure, calibration=tiny.SMALL, listener=listener)
+    tiny.prune(tmp_path, "qwen3_moe", {"dtype": torch.bfloat16}, structure=structure, listener=listener)
     assert any("no multiple of 8, do not run in transformers" in each for each in listener.sentences) == said
     result = tiny.loaded(tmp_path / "run" / "model", dtype="auto")
     with pytest.raises(RuntimeError, match="multiple of 16 bytes") if said else nullcontext():
@@ -320,14 +312,15 @@ def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, m
     ("architecture", "settings", "message"),
     [
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "allocation uniform"),
-        ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
+        ("mixtral", {"structure": GOA}, "goa does not rate channels of experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
+        ("llama", {"structure": GOA, "sparsity": "50%"}, r"goa has no zeros \(50%\)"),
+        ("llama", {"structure": GOA, "allocation": {"v_proj": "0%", "down_proj": "2:4"}}, r"goa has no zeros \(2:4\)"),
     ],
 )
-def test_what_does_not_go_with_experts_is_refused(
+def test_what_does_not_go_together_is_refused_before_work(
     tmp_path: Path, architecture: str, settings: dict[str, Any], message: str
 ) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.prune(str(folder), tmp_path / "run", calibration=tiny.SMALL, **settings)
-    assert not (tmp_path / "run" / "model").exists()
+        tiny.prune(tmp_path, architecture, **settings)
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()
