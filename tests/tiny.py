@@ -193,9 +193,9 @@ def save_unused_expert(folder: Path, expert: int) -> Path:
     return store(model, folder)
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, **settings: Any) -> Any:
     """The whole model of a checkpoint, by transformers."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
 
 
 def opened(folder: Path, dtype: torch.dtype | None = None) -> LayerwiseModel:

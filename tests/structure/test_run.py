@@ -151,7 +151,7 @@ ALONE: dict[str, Any] = {"propagate": "pruned", "dense_target": 1.0, "residual":
         ("llama", "mlp=25%,heads=1", {**ALONE, "propagate": "dense", "sparsity": "2:4"}),
         ("opt", "mlp=25%", ALONE),
         ("gpt2", "mlp=25%", {**ALONE, "sparsity": "50%"}),
-        *((each, "mlp=25%", {"structure": {"method": "flap"}}) for each in ("opt", "gpt2", "llama")),
+        *((each, "mlp=25%", {**ALONE, "structure": {"method": "flap"}}) for each in ("opt", "gpt2", "llama")),
     ],
 )
 def test_errors_are_those_of_the_definition(
