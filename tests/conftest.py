@@ -50,9 +50,9 @@ def _quick_collections() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pages without their drawings, which take longer than the rest of a tiny run; tests of reporting draw them."""
+    """Pages without their drawings, which take longer than the rest of a tiny run; those of figures draw them."""
     with pytest.MonkeyPatch.context() as patched:
-        if "reporting" not in request.path.parts:
+        if request.path.stem not in ("test_page", "test_browser"):
             patched.setenv("FISTAPRUNER_FIGURES", "0")
         yield
 
@@ -63,6 +63,21 @@ def _short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         yield
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """A function that runs a command in this process, checks its exit status, and returns its ``out`` and ``err``."""
+    from fistapruner.cli import main
+
+    def run(*words: object, status: int = 0) -> Any:
+        capsys.readouterr()
+        found = main([*map(str, words)])
+        said = capsys.readouterr()
+        assert found == status, said.err
+        return said
+
+    return run
 
 
 @pytest.fixture

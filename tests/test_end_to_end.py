@@ -87,26 +87,6 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     assert all(NM(2, 4).satisfies(tensor) for name, tensor in trained.items() if fnmatch(name, linear))
 
 
-def test_sharded_checkpoint_keeps_its_file_names(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model", shard="40KB")
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert len(shards) > 2
-    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration=SMALL)
-    out = tmp_path / "run" / "model"
-    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    AutoModelForCausalLM.from_pretrained(out)
-
-
-def test_same_recipe_same_bits(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    for run in ("a", "b"):
-        fp.prune(str(folder), tmp_path / run, method="sparsegpt", calibration={**SMALL, "source": "self"})
-    files = [tiny.weights(tmp_path / run) for run in ("a", "b")]
-    assert files[0] == files[1]
-
-
 def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     report = fp.prune(
@@ -154,8 +134,6 @@ def test_report_holds_what_fista_did(tmp_path: Path) -> None:
     assert {"lambda", "steps", "e_total", "e_fista"} <= set(step["rounds"][0])
     assert {"capture", "gram", "solve"} <= set(stored["totals"]["time_split"])
     evaluation = report.evaluations[0]
-    assert evaluation.perplexity is not None
-    assert evaluation.reference is not None
     assert evaluation.perplexity.perplexity != evaluation.reference.perplexity
     assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
 

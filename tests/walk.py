@@ -66,18 +66,7 @@ def walks(folder: Path) -> dict[str, list[str]]:
         run = folder / f"run-{number}"
         prune = ["prune", str(model), "--calibration", "python", *text, "--evaluate", "none"]
         found["prune"] = entered([*prune, "--out", str(run), "--quiet"])
-        recover = [
-            "recover",
-            str(run),
-            "--data",
-            "python",
-            "--set",
-            "data.seqlen=16",
-            "--tokens",
-            "400",
-            "--evaluate",
-            "none",
-        ]
+        recover = ["recover", str(run), "--data", "python", "--set", "data.seqlen=16", "--tokens", "400"]
         found["recover"] = entered([*recover, "--evaluate", "none", "--out", f"{run}-recovered", "--quiet"])
     return found
 

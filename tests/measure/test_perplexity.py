@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
-from fistapruner.cli import main
 from fistapruner.measure.logits import KeptStates, score_windows, shown_name
 from fistapruner.measure.run import generate_side_by_side
 from fistapruner.measure.tasks import Tasks, task_result
@@ -194,18 +193,13 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
             evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 
 
-def test_the_command_line_prints_what_the_figure_depends_on(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_what_the_figure_depends_on(tmp_path: Path, text: Path, cli: tiny.Cli) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    assert (
-        main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
-    )
-    printed = capsys.readouterr().out
+    command = ["evaluate", folder, "--data", text, "--seqlen", "16"]
+    printed = cli(*command, "--against", folder, "--quiet").out
     for part in ("perplexity", "dense", "KL", "top-1", "text.txt (file)", "windows of 16 tokens", "float32"):
         assert part in printed
-    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--windows", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
+    assert json.loads(cli(*command, "--windows", "3", "--json").out)["perplexity"]["windows"] == 3
 
 
 @pytest.mark.parametrize(

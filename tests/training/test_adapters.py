@@ -21,11 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "mixtral": ["q_proj", "o_proj"]}
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> tiny.Bench:
-    return tiny.Bench(tmp_path_factory.mktemp("adapters"))
-
-
 def tokens() -> Tensor:
     return torch.randint(0, tiny.VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
 

@@ -22,6 +22,7 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear
+from forked import FORKS
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
@@ -338,7 +339,12 @@ def parallel_training(rank: int, port: int, folder: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
     port = tiny.free_port()
-    torch.multiprocessing.spawn(parallel_training, (port, tmp_path), nprocs=2)
+    both = [FORKS.Process(target=parallel_training, args=(rank, port, tmp_path)) for rank in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(300)
+    assert [each.exitcode for each in both] == [0, 0]
     whole = pruned(intermediate_size=49)
     before = zeros(whole)
     with fp.hold_mask(whole):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -141,17 +140,3 @@ def test_a_dense_model_with_a_low_rank_part_is_refused(llama: Path, tmp_path: Pa
     with pytest.raises(FistaPrunerError, match="which --dense would leave out: give --dense the dense model that"):
         recover(tmp_path / "run", tmp_path / "out", dense=llama / "model")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_peft_loads_the_result(pruned: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    recover(pruned, tmp_path / "out", parameters="full")
-    model = opened(tmp_path / "out")
-    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
-    merged = peft.PeftModel.from_pretrained(sparse, tmp_path / "out" / "adapter").merge_and_unload()
-    for index in range(len(model)):
-        with model.layer(index) as layer:
-            for name, parameter in layer.named_parameters():
-                theirs = merged.get_parameter(f"{model.layers_name}.{index}.{name}")
-                assert torch.allclose(parameter, theirs, atol=1e-5), name
