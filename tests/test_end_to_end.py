@@ -192,17 +192,3 @@ def test_bad_weights_are_refused_and_what_was_pruned_before_is_kept(tmp_path: Pa
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(fp.FistaPrunerError, match=r"model\.safetensors"):
         fp.prune(tmp_path / "model", tmp_path / "other", calibration=SMALL)
-
-
-def test_layers_that_are_told_of_tokens_are_refused(tmp_path: Path) -> None:
-    if not hasattr(transformers, "Gemma4TextConfig"):
-        pytest.skip("this release of transformers has no Gemma 4")
-    own = {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 8}
-    own |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128}
-    config = transformers.Gemma4TextConfig(**{**tiny.GQA, **own})
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(fp.FistaPrunerError, match=r"Gemma4ForCausalLM: decoder layer 0 is given .*token ids"):
-        fp.prune(str(tmp_path / "model"), tmp_path / "run", calibration=SMALL)
-    with pytest.raises(fp.FistaPrunerError, match="token ids"):
-        fp.evaluate(tmp_path / "model", "python", seqlen=32, windows=2)

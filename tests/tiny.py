@@ -242,6 +242,19 @@ class Stops(Said):
             raise KeyboardInterrupt
 
 
+class StopsAt(Said):
+    """Interrupts a run when it says these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def say(self, sentence: str) -> None:
+        super().say(sentence)
+        if self.words in sentence:
+            raise KeyboardInterrupt
+
+
 def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) -> fp.Report:
     """Prune so many layers of a model, and interrupt the run; returns its report."""
     with pytest.raises(KeyboardInterrupt):

@@ -24,13 +24,9 @@ from fistapruner.measure.speed import (
 )
 from forked import FORKS
 from packed.pruned import pickle_weights, save_pruned
-from speeds import in_this_process
 
-DENSE, SMALLER, PACKED = (
-    ["dense float32", "dense bfloat16"],
-    ["smaller float32", "smaller bfloat16"],
-    ["packed", "packed int8"],
-)
+DENSE, PACKED = ["dense float32", "dense bfloat16"], ["packed", "packed int8"]
+SMALLER = ["smaller float32", "smaller bfloat16"]
 
 
 def speed(name: str, rate: float = 10, spread: float = 0.0) -> Speed:
@@ -60,14 +56,15 @@ def test_runs_are_summarised_by_median_and_range() -> None:
     assert found.runs == 3
 
 
-def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path) -> None:
+def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda method: FORKS)
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
     legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
     with pytest.raises(FistaPrunerError, match=r"legacy has only legacy pickle weights .* --allow-pickle"):
         bench(legacy)
     assert forms(legacy, allow_pickle=True) == forms(tmp_path / "p") == DENSE + PACKED
-    speeds = bench(source, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    speeds = bench(source, prompt=4, tokens=3, runs=1)
     assert [one.variant for one in speeds] == DENSE + PACKED
     pack(source, tmp_path / "int8", values="int8")
     assert forms(tmp_path / "int8") == [*DENSE, "packed int8"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,9 +19,9 @@ from fistapruner import FistaPrunerError
 from fistapruner.measure.run import put_in_place
 from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.measured import quality_facts
-from fistapruner.runs.log import Listener, hold
+from fistapruner.runs.log import hold
 from fistapruner.runs.records import Evaluation, Perplexity, TaskResult, is_run, load_run
-from speeds import in_this_process
+from forked import FORKS
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CALIBRATION = {"source": "python", "samples": 4, "seqlen": 32}
@@ -63,7 +61,7 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, cli: tiny.Cli) -> No
     report = load_run(run)
     windows = [evaluation.perplexity.windows for evaluation in report.evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
-    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
+    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]
 
 
 def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: Path) -> None:
@@ -71,7 +69,7 @@ def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: 
     report = fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
     split = load_run(tmp_path / "run").totals.time_split
     assert {"calibration", "sensitivity", "evaluation", "samples"} <= split.keys()
-    assert report.totals.seconds_in_all == report.totals.seconds + split["evaluation"] + split["samples"]  # type: ignore[operator]
+    assert report.totals.seconds_in_all == report.totals.seconds + split["evaluation"] + split["samples"]
     fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
     assert load_run(tmp_path / "run").totals.time_split == split
 
@@ -130,17 +128,17 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
     run, recovered = folder / "run", folder / "recovered"
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=24, windows=3))
     report = load_run(recovered)
-    (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
+    (after,), (before,) = report.evaluations, report.recovery.before
     for found, model in ((after, recovered / "model"), (before, run / "model")):
         alone = fp.evaluate(model, text, seqlen=24, windows=3, against=folder / "dense")
         assert (found.perplexity, found.reference) == (alone.perplexity, alone.reference)
     assert after.perplexity != before.perplexity
-    assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())  # type: ignore
+    assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())
     known = fp.evaluate(run, text, seqlen=20, windows=4)
     assert not any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=4))
-    assert load_run(recovered).recovery.before == [before, known]  # type: ignore[union-attr]
+    assert load_run(recovered).recovery.before == [before, known]
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=2))
-    assert len(load_run(recovered).recovery.before) == 3  # type: ignore[union-attr]
+    assert len(load_run(recovered).recovery.before) == 3
     # The input's run was made again since, with another result.
     fp.evaluate(run, text, seqlen=16, windows=6)
     content = json.loads((run / "report.json").read_text())
@@ -163,7 +161,7 @@ def test_scores_before_recovery_are_those_that_the_input_s_run_has(
     scores[recovered / "model"] = replace(TASKS[0], items=20)
     fp.evaluate(recovered, tasks="piqa")
     report = load_run(recovered)
-    assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]  # type: ignore[union-attr]
+    assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]
     assert quality_facts(report)[-1].before == ""
 
 
@@ -191,32 +189,24 @@ def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(tmp_path: P
     assert fp.evaluate(run, text, seqlen=16, windows=2, against=same).reference is not None
 
 
-class Stopping(Listener):
-    """Interrupt a run when it begins to train."""
-
-    def say(self, message: str) -> None:
-        if "what is held out" in message:
-            raise KeyboardInterrupt
-
-
 def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(tmp_path: Path) -> None:
     folder, text = make(tmp_path), str(tmp_path / "text.txt")
     fp.evaluate(folder / "recovered", text, seqlen=16, windows=2)
-    before = load_run(folder / "recovered").recovery.before  # type: ignore[union-attr]
+    before = load_run(folder / "recovered").recovery.before
     assert len(before) == 1
     shutil.rmtree(folder / "recovered" / "model")
     again = fp.recover(folder / "run", folder / "recovered", **TRAINING)
-    assert again.recovery.before == before  # type: ignore[union-attr]
+    assert again.recovery.before == before
     assert "| before | recovered |" in (folder / "recovered" / "model" / "README.md").read_text()
 
 
 def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "recovered"
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
+        fp.recover(made / "run", out, listener=tiny.StopsAt("what is held out"), **TRAINING)
     (out / "report.json").write_text(load_run(out).model_copy(update={"status": "failed"}).model_dump_json())
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
+        fp.recover(made / "run", out, listener=tiny.StopsAt("what is held out"), **TRAINING)
     assert load_run(out).status == "running"
 
 
@@ -224,22 +214,9 @@ def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path,
 def test_a_perplexity_outlives_tasks_that_fail(
     made: Path, of_run: bool, cli: tiny.Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*arguments: Any, **settings: Any) -> None:
-        raise OSError("the hub is down")
-
-    for name, content in (
-        ("lm_eval", {"simple_evaluate": failing}),
-        (
-            "lm_eval.tasks",
-            {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["boolq"], load=lambda _: {"tasks": {}})},
-        ),
-        ("lm_eval.models", {}),
-        ("lm_eval.models.huggingface", {"HFLM": SimpleNamespace}),
-    ):  # a stand-in for lm-eval, installed or not
-        module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    module = importlib.import_module("fistapruner.measure.evaluate")
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", Mock(side_effect=FistaPrunerError("the hub is down")))
     target = made / "run" if of_run else made / "dense"
     command = ["evaluate", target, "--data", made / "text.txt", "--seqlen", "16", "--windows", "3", "--quiet"]
     printed = cli(*command, "--tasks", "boolq", status=2)
@@ -250,10 +227,11 @@ def test_a_perplexity_outlives_tasks_that_fail(
         assert "perplexity" in printed.out
 
 
-def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
+def test_speed_of_a_run_is_kept_with_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda method: FORKS)
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
-    found = fp.bench(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    found = fp.bench(run, prompt=4, tokens=3, runs=1)
     printed = json.loads(json.dumps(found.to_json()))
     report = load_run(run)
     assert {key: report.speed[key] for key in printed} == printed

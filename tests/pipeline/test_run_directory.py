@@ -18,7 +18,6 @@ import fistapruner as fp
 import tiny
 from fistapruner.measure.speed import Variant, load_variant
 from fistapruner.runs.directory import PruneDirectory, checkpoint_of
-from fistapruner.runs.log import Listener
 from fistapruner.runs.records import load_run
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -395,34 +394,25 @@ def test_a_run_without_its_record_cannot_be_resumed(dense: Path, run: Path, tmp_
     assert fp.prune(dense, stopped, **SETTINGS).status == "finished"
 
 
-class StopsAt(Listener):
-    """Interrupts a run when it says something; knows how much text had been written when it began to write."""
-
-    def __init__(self, words: str) -> None:
-        self.words = words
-        self.shares: list[float] = []
-
-    def say(self, sentence: str) -> None:
-        if found := re.match(r"generating text: ([\d.]+) of", sentence):
-            self.shares.append(float(found[1]))
-        if sentence.startswith(self.words):
-            raise KeyboardInterrupt
+def shares(said: tiny.Said) -> list[float]:
+    """How much text had been written when a run began to write a part."""
+    return [float(found[1]) for each in said.sentences if (found := re.match(r"generating text: ([\d.]+) of", each))]
 
 
 def test_text_that_the_model_writes_is_kept_when_it_is_whole(dense: Path, tmp_path: Path) -> None:
     """A run that is stopped before its first layer ends with the same tokens and weights."""
     settings = {**SETTINGS, "weighting": "fisher", "calibration": {"source": "self", "samples": 40, "seqlen": 8}}
     for words in ("generating text: 32", "measuring"):  # in the second batch, of 32 and 8 texts
-        stops = StopsAt(words)
+        stops = tiny.StopsAt(words)
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first decoder layer; give the same com"):
             fp.prune(dense, tmp_path / "run", listener=stops, **settings)
-    assert min(stops.shares) < 32  # the first batch was written again
+    assert min(shares(stops)) < 32  # the first batch was written again
     assert not (tmp_path / "run" / "run.json").exists()
-    after, whole = StopsAt("nothing"), StopsAt("nothing")
+    after, whole = tiny.Said(), tiny.Said()
     fp.prune(dense, tmp_path / "run", listener=after, **settings)
     fp.prune(dense, tmp_path / "new", listener=whole, **settings)
-    assert not after.shares
-    assert min(whole.shares) < 32
+    assert not shares(after)
+    assert min(shares(whole)) < 32
     assert torch.equal(PruneDirectory(tmp_path / "new").tokens(), PruneDirectory(tmp_path / "run").tokens())
     assert tiny.weights(tmp_path / "new") == tiny.weights(tmp_path / "run")
 

@@ -44,16 +44,19 @@ def stream(
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
     layout = discover(skeleton)
     tokens = calibration()
-    shape = (SAMPLES, SEQLEN, skeleton.width)
-    dense: HiddenStates | None = HiddenStates(shape, skeleton.dtype)
+
+    def states(windows: int, name: str | None = None) -> HiddenStates:
+        file = scratch / name if scratch and name else None
+        return HiddenStates((windows, SEQLEN, skeleton.width), skeleton.dtype, file)
+
+    dense, pruned = states(SAMPLES), None
     with skeleton.embeddings_and_head():
         calls = Calls.of(skeleton, SAMPLES, SEQLEN, BATCH)
         for start, stop in calls.batches(SAMPLES):
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
-    pruned: HiddenStates | None = None
     beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise)
     if beside < SAMPLES:
-        dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
+        dense, pruned = states(beside), dense
         dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
     store = scratch_factory(scratch, skeleton.dtype)
@@ -61,17 +64,13 @@ def stream(
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
-        keep_dense = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
-        streams = LayerStreams(
-            dense,
-            pruned,
-            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}")
-            if keep_dense
-            else None,
-            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}")
-            if more and recipe.propagate == "pruned"
-            else None,
+        dense_on = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
+        pruned_on = more and recipe.propagate == "pruned"
+        onward = (
+            states(beside, f"d{index}") if dense_on else None,
+            states(SAMPLES, f"p{index}") if pruned_on else None,
         )
+        streams = LayerStreams(dense, pruned, *onward)
         result = prune_layer(context, index, streams, measures, inspect=inspect)
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out

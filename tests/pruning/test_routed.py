@@ -151,11 +151,11 @@ def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> 
         calibration={**SMALL, "samples": 1, "seqlen": 16},
         targets=["re:experts"],
         propagate="dense",
-        inspect=lambda layer, group, problem: seen.update({problem.name: (problem, layer)}),
+        inspect=lambda layer, group, problem: seen.update({problem.name: problem}),
     )
     tokens = PruneDirectory(tmp_path / "run").tokens()
     for expert, x in routed_by_hand(AutoModelForCausalLM.from_pretrained(folder).eval(), tokens, 0).items():
-        problem, _ = seen[f"model.layers.0.mlp.experts.{expert}.gate_proj"]
+        problem = seen[f"model.layers.0.mlp.experts.{expert}.gate_proj"]
         gram, share = x.T @ x / len(x), 32 / (32 + len(x))
         expected = (1 - share) * gram + share * torch.diag(gram.diagonal())
         torch.testing.assert_close(problem.gram, expected, rtol=1e-4, atol=1e-5)

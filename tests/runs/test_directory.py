@@ -217,7 +217,7 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
         assert not run.model.exists()
     (run.folder / name).unlink()
     (run.folder / name).mkdir()  # no file of a system
-    with pytest.raises(FistaPrunerError, match=rf"other things in it \({re.escape(name)}\)"):
+    with pytest.raises(FistaPrunerError, match=rf"other things in it \({re.escape(name)}, model\.json\)"):
         run.check_place()
 
 

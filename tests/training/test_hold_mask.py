@@ -23,6 +23,7 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear
 from forked import FORKS
+from packed.pruned import prune_linears
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
@@ -35,9 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def pruned(architecture: str = "llama", sparsity: str = "50%", seed: int = 0, **changes: Any) -> Any:
     """A model whose decoder layers are pruned."""
     model = tiny.build(architecture, seed=seed, num_hidden_layers=2, **changes)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and ".layers." in name:
-            parameter.data *= parse_sparsity(sparsity).project(parameter.data.abs())
+    prune_linears(model, sparsity)
     return model
 
 
