@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from fistapruner.runs.records import Comparison, Divergence, Evaluation, Perplexity, Report, TaskResult, parse
@@ -92,7 +93,7 @@ def report(layers: int = 12) -> Report:
         "calibration": {**text, "tokens": 32768},
         "layers": [layer(index) for index in range(layers)],
         "totals": totals,
-        "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+        "evaluations": [asdict(evaluation) for evaluation in evaluations],
         "speed": {"speeds": [speed("dense bfloat16", 20.0), speed("packed", 26.0)]},
         "generations": [{"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}],
         "workload": {"fingerprint": "0123456789abcdef", "deployments": 120, "tasks": tasks_of_work},
@@ -133,7 +134,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
         **{"documents": 600, "held_out_documents": 24, "changed": 0.998, "change": 0.03, "seconds": 300.0},
         "checks": checks,
         "curve": [[step, 0.95 * math.exp(-step / 60) + 0.1 + 0.05 * math.sin(7 * step)] for step in range(1, 61)],
-        "before": [pruned.evaluations[0].to_dict()],
+        "before": [asdict(pruned.evaluations[0])],
     }
     after, dense = perplexity(31.9), perplexity(25.32)
     evaluation = Evaluation("run/model", "small", after, dense, Divergence(0.3, 0.01, 0.75, 0.004, 0.231, 0.01))
@@ -152,7 +153,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
         "model": {**data["model"], "source": "runs/first"},
         "calibration": text,
         "recovery": {**form, **trained},
-        "evaluations": [evaluation.to_dict()],
+        "evaluations": [asdict(evaluation)],
         "generations": [{"prompt": "The capital of France is", **written}],
         "totals": {**data["totals"], "time_split": {"train": 300.0, "write": 12.0}},
         "lineage": {"source": origin, "stages": stages},

@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, cli: tiny.Cli) -> None:
     assert "is not a run" in cli("status", tmp_path, status=2).err
     absent = str(tmp_path / "absent")
     for verb, *more in (["status"], ["report"], ["resume"], ["bench"], ["inspect"], ["pack", f"{absent}-packed"]):
-        fault = "is not a run that can be resumed" if verb == "resume" else "does not exist"
+        fault = "is not a run that was begun" if verb == "resume" else "does not exist"
         assert f"{absent} {fault}" in cli(verb, absent, *more, status=2).err
 
 

@@ -9,8 +9,8 @@ from ..models.export import GGUFValues, export_gguf
 from ..models.record import refuse_low_rank
 from ..runs.directory import checkpoint_of
 from ..runtime.numerics import undisturbed
-from ..runtime.show import Tick, shell_line, silent
-from .checkpoint import is_packed
+from ..runtime.show import Tick, silent
+from .checkpoint import refuse_packed
 
 
 @undisturbed()
@@ -45,7 +45,6 @@ def export(
             f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "
             "'hf download NAME --local-dir DIR' makes a folder of a model on the hub"
         )
-    if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: '{shell_line('unpack', folder, 'DIR')}' makes a checkpoint of it")
+    refuse_packed(folder)
     refuse_low_rank(folder, "export")
     return export_gguf(folder, out, values, allow_pickle=allow_pickle, progress=progress or silent)

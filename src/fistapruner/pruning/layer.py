@@ -23,7 +23,7 @@ from ..solvers import parse_method
 from ..solvers.base import Method, Solution, solve
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
-from ..training.reconstruct import ReconstructionSettings, reconstruct_layer
+from ..training.reconstruct import reconstruct_layer
 from .context import LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .passes import LayerPasses
 from .removal import remove_channels_of, remove_experts
@@ -206,11 +206,11 @@ class _Pruning:
         wanted, recipe = self.passes.wanted, self.context.recipe
         if wanted is None:
             return
-        settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, self.measures.metric)
-        seen, calls = self.passes.streams.seen, self.context.calls
+        groups, seen, calls = self.passes.groups, self.passes.streams.seen, self.context.calls
+        parts, metric, steps = self.result.parts, self.measures.metric, recipe.reconstruct
         with self.clock.phase("reconstruct"):
             weights, record = reconstruct_layer(
-                self.model, self.index, self.passes.groups, seen, wanted, calls, settings, self.result.parts
+                self.model, self.index, groups, seen, wanted, calls, parts, metric, steps, recipe.seed
             )
         self.result.weights |= weights
         self.result.entry.reconstruct = record  # type: ignore[attr-defined]

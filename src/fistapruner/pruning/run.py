@@ -150,11 +150,8 @@ def resume(
     """
     out = out_path(out)
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
-    if (found := RunDirectory(out).record()) is None:
-        again = "give its command again, and if that is refused with a new --out"
-        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
-    if found.kind != "prune":
-        return resume_training(found.kind, out, permissions, listener)
+    if (verb := RunDirectory(out).begun_record().kind) != "prune":
+        return resume_training(verb, out, permissions, listener)
     run = PruneDirectory(out)
     record = run.begun_record()
     recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation

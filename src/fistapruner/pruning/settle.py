@@ -70,8 +70,8 @@ from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Request as TrainingRequest
-    from ..training.settle import Settling
+    from ..training.recovery import Recovery
+    from ..training.recovery import Request as TrainingRequest
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
@@ -341,8 +341,7 @@ def settle(
             structure=inputs.context.widths and inputs.context.widths.record(),
         ),
     )
-    run.write_recipe(recipe.to_yaml())
-    run.write_record(record)
+    run.write_record(record, recipe.to_yaml())
     return record, model
 
 
@@ -410,7 +409,7 @@ def _measure(
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | Settling,
+    inputs: Inputs | Recovery,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,
