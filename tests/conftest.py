@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
@@ -78,6 +80,17 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
         return said
 
     return run
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for ``evaluate_tasks`` in evaluations: lm-eval may not be installed."""
+    from fistapruner.measure.tasks import Tasks
+
+    module, stand_in = importlib.import_module("fistapruner.measure.evaluate"), Mock(return_value=())
+    monkeypatch.setattr(module, "find_tasks", lambda names, *_: Tasks(tuple(names), None, "local file"))
+    monkeypatch.setattr(module, "evaluate_tasks", stand_in)
+    return stand_in
 
 
 @pytest.fixture

@@ -201,25 +201,6 @@ def test_commands_that_messages_advise_are_understood() -> None:
         parser.parse_args(command.split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--set", "dense_target=2"], ["dense_target", "'auto'", "less than or equal to 1", "2"]),
-        (["--set", "dense_target=dnese"], ["dense_target", "'auto'", "a valid number", "dnese"]),
-        (["--set", "allocation=unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
-        (["--seed", str(2**64)], ["seed", f"less than or equal to {MAX_SEED}", str(2**64)]),
-        (["--seed", "-1"], ["seed", "greater than or equal to 0", "-1"]),
-    ],
-)
-def test_what_is_mistyped_is_named_with_what_would_be_right(
-    tmp_path: Path, arguments: list[str], words: list[str], cli: tiny.Cli
-) -> None:
-    said = cli("prune", "nowhere", "--out", tmp_path / "run", *arguments, status=2).err
-    assert said.count("\n") == 1
-    for word in words:
-        assert word in said
-
-
 def test_allocations_and_seeds_that_are_right(tmp_path: Path) -> None:
     with pytest.raises(FistaPrunerError, match="dense_target"):
         Recipe.build({"dense_target": True})
@@ -243,6 +224,11 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path) -> None:
             "execution.address foo needs execution.executor ray, and that is process",
         ),
         ("prune OUT/x --out OUT --set execution.executor=process --set execution.workers=4", "out/x' does not exist"),
+        ("prune x --out OUT --set dense_target=2", "dense_target … 'auto' … less than or equal to 1 … 2"),
+        ("prune x --out OUT --set dense_target=dnese", "dense_target … 'auto' … a valid number … dnese"),
+        ("prune x --out OUT --set allocation=unifrom", "allocation … uniform, owl, error, auto … unifrom"),
+        (f"prune x --out OUT --seed {2**64}", f"seed … less than or equal to {MAX_SEED} … {2**64}"),
+        ("prune x --out OUT --seed -1", "seed … greater than or equal to 0 … -1"),
         ("prune x --plan --out FILE", "--out FILE is a file; name a folder"),
         ("recover x --plan --out FILE", "--out FILE is a file; name a folder"),
         ("align --data pairs.jsonl x --plan --out FILE", "--out FILE is a file; name a folder"),
@@ -254,12 +240,14 @@ def test_allocations_and_seeds_that_are_right(tmp_path: Path) -> None:
         ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )
-def test_a_flag_that_is_empty_or_without_effect_is_refused(
+def test_what_is_mistyped_empty_or_without_effect_is_named_with_what_would_be_right(
     tmp_path: Path, command: str, said: str, cli: tiny.Cli
 ) -> None:
+    """In one line."""
     (file := tmp_path / "file").touch()
     words = command.replace("OUT", str(tmp_path / "out")).replace("FILE", str(file)).split(" ")
-    assert said.replace("FILE", str(file)) in cli(*words, status=2).err
+    (line,) = cli(*words, status=2).err.splitlines()
+    assert not [part for part in said.replace("FILE", str(file)).split(" … ") if part not in line], line
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import tempfile
@@ -10,6 +9,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ import tiny
 from fistapruner.cli.arguments import show
 from fistapruner.measure.logits import KeptStates, score_windows, shown_name
 from fistapruner.measure.run import generate_side_by_side
-from fistapruner.measure.tasks import Tasks, task_result
+from fistapruner.measure.tasks import task_result
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.records import Report
@@ -99,13 +99,11 @@ def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> Non
     assert same.kl < 1e-6
 
 
-def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_models_run_in_one_precision(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tasks: Mock
+) -> None:
     """The wider one, for text and for tasks: the same weights stored in two precisions are the same model."""
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
-    module = importlib.import_module("fistapruner.measure.evaluate")
-    asked: list[torch.dtype | None] = []
-    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda *given, **_: (asked.append(given[3]), ())[1])
     half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
@@ -114,7 +112,7 @@ def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch
         assert found.perplexity == found.reference
         assert found.perplexity.dtype == expected
         assert (found.divergence.top1_agreement, found.divergence.nll_difference) == (1.0, 0.0)
-    assert asked == [torch.bfloat16, torch.float32, torch.float32]
+    assert [call.args[3] for call in tasks.call_args_list] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_hidden_states_that_memory_does_not_hold_are_in_a_file(

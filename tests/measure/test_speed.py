@@ -57,7 +57,7 @@ def test_runs_are_summarised_by_median_and_range() -> None:
 
 
 def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda method: FORKS)
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
     legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
@@ -132,7 +132,7 @@ def test_every_variant_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert (found.variant, found.runs, found.threads) == ("packed", 2, 1)
     assert found.peak_memory > 2**20
     assert found.file_size > 0
-    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda method: FORKS)
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
     with pytest.raises(FistaPrunerError, match=r"^dense: IndexError: index out of range"):
         compare([short, packed], prompt=200, tokens=2, threads=1)
     (tmp_path / "p" / "packed.json").write_text("{}")

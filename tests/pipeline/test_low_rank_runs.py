@@ -211,7 +211,8 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(run: Path, tmp_path: Path,
         ["compare", run / "model", "--methods", "wanda", "--out", f"{out}-compared"],
         ["prune", run / "model", "--out", out],
     ):
-        assert f"low-rank part is {adapter}" in cli(*command, status=2).err, command
+        status = 1 if command[0] == "compare" else 2  # its only row fails
+        assert f"low-rank part is {adapter}" in cli(*command, status=status).err, command
 
 
 def packed_run(tmp_path: Path, architecture: str, **changes: Any) -> tuple[Path, Path]:

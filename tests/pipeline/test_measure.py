@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -17,7 +16,6 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.measure.run import put_in_place
-from fistapruner.measure.tasks import Tasks
 from fistapruner.reporting.facts import cost_facts
 from fistapruner.reporting.measured import quality_facts
 from fistapruner.runs.log import hold
@@ -149,15 +147,12 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=6))
 
 
-def test_scores_before_recovery_are_those_that_the_input_s_run_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the same items only; lm-eval may not be installed."""
-    folder, module = make(tmp_path), importlib.import_module("fistapruner.measure.evaluate")
+def test_scores_before_recovery_are_those_that_the_input_s_run_has(tmp_path: Path, tasks: Mock) -> None:
+    """On the same items only."""
+    folder = make(tmp_path)
     run, recovered = folder / "run", folder / "recovered"
     scores = {run / "model": TASKS[0], recovered / "model": replace(TASKS[0], value=0.6)}
-    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda folders, *_, **__: (scores[folders[0]],))
+    tasks.side_effect = lambda folders, *_, **__: (scores[folders[0]],)
     for target in (run, recovered):
         fp.evaluate(target, tasks="piqa")
     assert "| 50.0 ± 10.0 | 60.0 ± 10.0 |" in (recovered / "model" / "README.md").read_text()
@@ -214,12 +209,8 @@ def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path,
 
 
 @pytest.mark.parametrize("of_run", [True, False])
-def test_a_perplexity_outlives_tasks_that_fail(
-    made: Path, of_run: bool, cli: tiny.Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module("fistapruner.measure.evaluate")
-    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", Mock(side_effect=FistaPrunerError("the hub is down")))
+def test_a_perplexity_outlives_tasks_that_fail(made: Path, of_run: bool, cli: tiny.Cli, tasks: Mock) -> None:
+    tasks.side_effect = FistaPrunerError("the hub is down")
     target = made / "run" if of_run else made / "dense"
     command = ["evaluate", target, "--data", made / "text.txt", "--seqlen", "16", "--windows", "3", "--quiet"]
     printed = cli(*command, "--tasks", "boolq", status=2)
@@ -231,7 +222,7 @@ def test_a_perplexity_outlives_tasks_that_fail(
 
 
 def test_speed_of_a_run_is_kept_with_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda method: FORKS)
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
     found = fp.bench(run, prompt=4, tokens=3, runs=1)

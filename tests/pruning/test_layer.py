@@ -210,14 +210,9 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
     tokens = PruneDirectory(tmp_path / "run").tokens()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
     dense.model.layers[0].load_state_dict(pruned.model.layers[0].state_dict())
-    inputs: dict[str, Tensor] = {}
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        operator = dense.model.layers[1].get_submodule(name)
-        operator.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1)))
-    with torch.no_grad():
-        dense(tokens)
-    for group, x in enumerate(inputs.values()):
-        torch.testing.assert_close(seen[1, group].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    for group, name in enumerate(("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")):
+        x = tiny.inputs_of(dense, f"model.layers.1.{name}", tokens)
+        torch.testing.assert_close(seen[1, group].gram.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
         assert seen[1, group].drift is None
 
 

@@ -103,7 +103,7 @@ def test_workers_that_die_are_replaced(
     model: Path, expected: dict[str, bytes], tmp_path: Path, deaths: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their layers are done again; a layer that kills its workers every time stops the run, which then goes on."""
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: FORKS)
     log, file, out = tmp_path / "log", tmp_path / "mine.py", tmp_path / "run"
     awaited = log if deaths == 2 else out / "layers" / f"{LAYERS - 1:04d}.json"  # the other worker's layer
     file.write_text(DEADLY.format(log=str(log), deaths=deaths, awaited=str(awaited)))
