@@ -1,11 +1,13 @@
 """Shared set-up: the tests' folder is importable, nothing asks a network, output stays readable."""
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
@@ -43,9 +45,35 @@ def _quick_files(request: pytest.FixtureRequest) -> Iterator[None]:
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patched:
-        if "reporting" not in request.path.parts:
+        if request.path.stem not in ("test_page", "test_browser"):
             patched.setenv("FISTAPRUNER_FIGURES", "0")
         yield
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """A function that runs a command in this process, checks its exit status, and returns its ``out`` and ``err``."""
+    from fistapruner.cli import main
+
+    def run(*words: object, status: int = 0) -> Any:
+        capsys.readouterr()
+        found = main([*map(str, words)])
+        said = capsys.readouterr()
+        assert found == status, said.err
+        return said
+
+    return run
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for ``evaluate_tasks`` in evaluations: lm-eval may not be installed."""
+    from fistapruner.measure.tasks import Tasks
+
+    module, stand_in = importlib.import_module("fistapruner.measure.evaluate"), Mock(return_value=())
+    monkeypatch.setattr(module, "find_tasks", lambda names, *_: Tasks(tuple(names), None, "local file"))
+    monkeypatch.setattr(module, "evaluate_tasks", stand_in)
+    return stand_in
 
 
 @pytest.fixture

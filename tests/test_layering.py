@@ -7,17 +7,8 @@ import fistapruner
 
 PACKAGE = Path(fistapruner.__file__).parent
 
-LAYERS = (
-    "errors",
-    "core",
-    "solvers",
-    "runtime",
-    "settings",
-    "models",
-    "passes",
-    "text",
-    "runs",
-    "training",
+LAYERS = ("errors", "core", "solvers", "runtime", "settings", "models", "passes", "text", "runs", "training")
+LAYERS += (
     "allocate",
     "structure",
     "pruning",

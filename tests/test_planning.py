@@ -11,7 +11,6 @@ import torch
 
 import tiny
 from fistapruner import Recipe
-from fistapruner.cli import main
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
@@ -154,16 +153,14 @@ def test_layers_without_operators_are_no_hindrance(folder: Path, tmp_path: Path)
     assert plan.seconds > 0
 
 
-def test_prune_prints_the_plan_and_exits(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["prune", str(folder), "--out", str(tmp_path / "run"), "--method", "sparsegpt", "--samples", "4"]
+def test_prune_prints_the_plan_and_exits(folder: Path, tmp_path: Path, cli: tiny.Cli) -> None:
+    command = ["prune", folder, "--out", tmp_path / "run", "--method", "sparsegpt", "--samples", "4"]
     command += ["--seqlen", "32", "--calibration", "python", "--plan"]
-    assert main(command) == 0
-    said = capsys.readouterr().out
+    said = cli(*command).out
     assert "plan: at most " in said
     assert "pruning gate_proj+up_proj" in said
     assert " of pruning; " in said
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(cli(*command, "--json").out)
     assert found["seconds"] > 0
     assert found["disk"] > 0
     assert not (tmp_path / "run").exists()

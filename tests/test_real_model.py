@@ -90,15 +90,12 @@ def test_fista_is_never_worse_than_its_warm_start(tmp_path: Path) -> None:
     assert improved > 0
 
 
-def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["prune", "smollm2", "--out", str(tmp_path / "run"), "--method", "wanda", "--calibration", "python"]
+def test_the_command_line_says_what_it_did(tmp_path: Path, cli: Any) -> None:
+    arguments = ["prune", "smollm2", "--out", tmp_path / "run", "--method", "wanda", "--calibration", "python"]
     arguments += ["--samples", "4", "--seqlen", "256", "--evaluate-windows", "4"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr()
+    printed = cli(*arguments).out
     for words in ("perplexity, python", "(dense ", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
-        assert words in printed.out
-    assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
-    capsys.readouterr()
-    assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again
-    assert json.loads(capsys.readouterr().out)["status"] == "finished"
+        assert words in printed
+    cli("inspect", tmp_path / "run" / "model")
+    assert json.loads(cli(*arguments, "--json").out)["status"] == "finished"  # nothing is computed again
     assert torch.is_grad_enabled()

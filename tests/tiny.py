@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, load_run
+
+Cli = Callable[..., Any]
+"""The fixture ``cli``."""
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -279,6 +282,19 @@ class Stops(Said):
             raise KeyboardInterrupt
 
 
+class StopsAt(Said):
+    """Interrupts a run when it says these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def say(self, sentence: str) -> None:
+        super().say(sentence)
+        if self.words in sentence:
+            raise KeyboardInterrupt
+
+
 def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) -> fp.Report:
     """Prune so many layers of a model, and interrupt the run; returns its report."""
     with pytest.raises(KeyboardInterrupt):
@@ -315,8 +331,15 @@ def write_text(path: Path) -> Path:
     return path
 
 
+def write_pairs(path: Path) -> Path:
+    """Write forty preference pairs, whose chosen answers no model prefers, to a ``.jsonl`` file; returns it."""
+    pairs = ({"prompt": f"After {n} comes", "chosen": f" no {n}!", "rejected": f" {n + 1}."} for n in range(40))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
 class Bench:
-    """Dense models of two layers and pruned ones, made once each, and their text.
+    """Dense models of two layers and pruned ones, made once each, their text and their preference pairs.
 
     Args:
         folder: holds them.
@@ -325,7 +348,7 @@ class Bench:
 
     def __init__(self, folder: Path, sparsity: str = "2:4") -> None:
         self.folder, self.sparsity = folder, sparsity
-        self.text = write_text(folder / "text.jsonl")
+        self.text, self.pairs = write_text(folder / "text.jsonl"), write_pairs(folder / "pairs.jsonl")
 
     def dense(self, architecture: str = "llama", **changes: Any) -> Path:
         name = "-".join([architecture, *map(str, changes.values())])
