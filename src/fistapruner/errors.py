@@ -72,10 +72,11 @@ def path_text(name: str, value: object, expected: str) -> str:
 
 
 def at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~/`` in texts, also in ``NAME=~/file``, lists and mappings.
+    """Put the home folder in place of ``~/`` in texts, paths, lists and mappings; paths become text.
 
-    Shells leave it there in ``--out=~/run`` and in recipes.
+    It is replaced in ``NAME=~/file``, too. Shells leave it there in ``--out=~/run`` and in recipes.
     """
+    value = str(value) if isinstance(value, Path) else value
     if isinstance(value, Mapping):
         return {key: at_home(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -167,9 +168,9 @@ def instead_of(name: str, known: Collection[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(known)} is expected"
 
 
-def unreadable(path: str | Path, error: OSError) -> FistaPrunerError:
-    """Make the error of a file that the system does not let us read."""
-    return FistaPrunerError(f"cannot read {path}: {error.strerror or error}")
+def unreadable(path: str | Path, error: OSError | UnicodeError) -> FistaPrunerError:
+    """Make the error of a file that the system does not let us read, or that is not UTF-8 text."""
+    return FistaPrunerError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def one_line(error: Exception, most: int = 200) -> str:

@@ -34,7 +34,6 @@ from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
-from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
 from ..training.run import resume_training
 from .context import RunContext
@@ -95,7 +94,7 @@ def prune(
     run = PruneDirectory(out)
     run.check_place()
     refuse_overlap(model, out)
-    recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
+    recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
     with run.entered(lambda: _how_to_continue(run)):
