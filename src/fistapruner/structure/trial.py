@@ -141,10 +141,7 @@ def _tried(
     Of channels one entry may change, or several: the width of experts, and those of shared experts and of dense MLPs.
     Of others all likely ones change together.
 
-    Args:
-        model, build, config: as for :func:`_config`.
-        kind: what is removed: a key of :data:`LIKELY`.
-        sizes: the new numbers, by the old ones; ``more``: entries that are changed, too.
+    ``kind`` is a key of :data:`LIKELY`, ``sizes`` the new numbers by the old ones; ``more`` is changed, too.
     """
     for change in _changes(model, kind, sizes):
         both = merge_patch(config, in_section(model, {**change, **more}))
