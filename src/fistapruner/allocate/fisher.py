@@ -76,7 +76,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class DensePasses:
-    """How passes of the dense model are carried out; ``store`` makes the stores of hidden states between layers."""
+    """How the dense model is passed; ``store`` makes the stores of hidden states between layers."""
 
     store: Store
     batch_size: int = 4

@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """Describe one method; ``place`` is its module in this package and its class, a :class:`~.base.Method`."""
+    """Describe one method; ``place`` is its module in this package and its class."""
 
     name: str
     place: str
