@@ -292,29 +292,6 @@ def test_a_plan_refuses_a_file_to_write_into(tmp_path: Path, verb: str, capsys: 
     assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "prune m --out {}",
-        "prune m --out {} --plan",
-        "compare m --out {} --methods wanda",
-        "pack m {}",
-        "recover m --out {}",
-        "align m --out {} --data pairs.jsonl",
-    ],
-)
-def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
-    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny.save("llama", tmp_path / "m", num_hidden_layers=1)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
-    before = sorted(tmp_path.iterdir())
-    assert main([word.format(os.fsdecode(b"r\xe8")) for word in command.split()]) == 2
-    assert "r\\udce8 is not a UTF-8 path" in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == before
-
-
 @pytest.mark.parametrize(("methods", "named"), [("methods: wanda", True), ("method: wanda", False)])
 def test_a_fault_of_a_recipe_file_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], methods: str, named: bool

@@ -49,12 +49,11 @@ def write_model(run: RunDirectory) -> None:
 
 
 def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
-    """A file, a path below a link to nothing, or one that is not UTF-8."""
+    """A file, or a path below a link to nothing."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("gone")
-    for place, said in [("file", "--out .*/file is a file"), (os.fsdecode(b"\xff/run"), "is not a UTF-8 path")]:
-        with pytest.raises(FistaPrunerError, match=said):
-            refuse_out(tmp_path / place)
+    with pytest.raises(FistaPrunerError, match=r"--out .*/file is a file"):
+        refuse_out(tmp_path / "file")
     for place in ("link", "link/a/b"):
         with (
             pytest.raises(FistaPrunerError, match=rf"cannot write .*/{place}: "),
