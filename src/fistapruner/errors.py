@@ -69,10 +69,11 @@ def path_text(name: str, value: object, expected: str) -> str:
 
 
 def at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~/`` in texts, also in ``NAME=~/file``, lists and mappings.
+    """Put the home folder in place of ``~/`` in texts, paths, lists and mappings; paths become text.
 
-    Shells leave it there in ``--out=~/run`` and in recipes.
+    It is replaced in ``NAME=~/file``, too. Shells leave it there in ``--out=~/run`` and in recipes.
     """
+    value = str(value) if isinstance(value, Path) else value
     if isinstance(value, Mapping):
         return {key: at_home(each) for key, each in value.items()}
     if isinstance(value, list):

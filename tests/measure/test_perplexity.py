@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.cli.arguments import show
 from fistapruner.measure.logits import KeptStates, score_windows, shown_name
 from fistapruner.measure.run import generate_side_by_side
 from fistapruner.measure.tasks import Tasks, task_result
@@ -221,11 +223,13 @@ def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, na
     assert shown_name(tmp_path / folder) == name
 
 
-def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
+def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     one = evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
     found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
-    for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
+    show(found, Namespace(json=True))
+    printed = json.loads(capsys.readouterr().out)
+    for written in (printed, Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
         assert written["perplexity"]["standard_error"] is None
         (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
         errors = (

@@ -15,7 +15,7 @@ from fistapruner.models.operators import discover
 from fistapruner.papers.mezo import EPS, Draw, ForwardOnly, standard_normal
 from fistapruner.papers.subzero import RANK, REFRESH, subspace_normal
 from fistapruner.text.training import TrainingText
-from fistapruner.training.loss import Objective, TokenLoss
+from fistapruner.training.loss import Objective
 
 DRAWS = {"mezo": standard_normal, "subzero": subspace_normal}
 
@@ -57,7 +57,7 @@ def begin(folder: Path, method: str, dtype: torch.dtype, rate: float = 1e-3) -> 
     for layer in model.layers:
         layer.get_parameter("mlp.up_proj.weight").data[:, ::2] = 0.0
     trained = ForwardOnly(model, discover(model), DRAWS[method](0), folder / "best.safetensors", rate, 0)
-    return trained, Objective(model, model.run, text, TokenLoss(0.0), None, 2)
+    return trained, Objective(model, model.run, text, 0.0, None, 2)
 
 
 @pytest.mark.parametrize("method", DRAWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from fistapruner.runs.records import Comparison, Divergence, Evaluation, Perplexity, Report, TaskResult, parse
@@ -126,7 +127,7 @@ def report(layers: int = 12) -> Report:
                 "peak_memory": 1900 * 2**20,
                 "checkpoint_bytes": 269_000_000,
             },
-            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+            "evaluations": [asdict(evaluation) for evaluation in evaluations],
             "speed": {"speeds": [speed("dense bfloat16", 20.0), speed("packed", 26.0)]},
             "generations": [
                 {"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}
@@ -227,12 +228,10 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
                 "changed": 0.998,
                 "change": 0.03,
                 "seconds": 300.0,
-                "before": [pruned.evaluations[0].to_dict()],
+                "before": [asdict(pruned.evaluations[0])],
             },
             "evaluations": [
-                Evaluation(
-                    "run/model", "small", after, dense, Divergence(0.3, 0.01, 0.75, 0.004, 0.231, 0.01)
-                ).to_dict()
+                asdict(Evaluation("run/model", "small", after, dense, Divergence(0.3, 0.01, 0.75, 0.004, 0.231, 0.01)))
             ],
             "generations": [
                 {

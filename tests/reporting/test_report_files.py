@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     absent = str(tmp_path / "absent")
     for verb, *more in (["status"], ["report"], ["resume"], ["bench"], ["inspect"], ["pack", f"{absent}-packed"]):
         assert main([verb, absent, *more]) == 2
-        fault = "is not a run that can be resumed" if verb == "resume" else "does not exist"
+        fault = "is not a run that was begun" if verb == "resume" else "does not exist"
         assert f"{absent} {fault}" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ import torch
 
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import PRUNING_RECORD
-from fistapruner.runs.directory import LayerJournal, PruneDirectory, RecoverDirectory, RunDirectory, refuse_out
+from fistapruner.runs.directory import LayerJournal, PruneDirectory, RunDirectory, TrainingDirectory, refuse_out
 from fistapruner.runs.log import Listener, Logged, StepJournal, hold, log_file, spent
 from fistapruner.runs.records import LayerEntry, ModelFacts, Report, load_run
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
@@ -27,15 +27,14 @@ from fistapruner.runtime.files import remove_folder, unfinished, write_sealed_js
 NUMERICS = Numerics(batch_size=2, threads=1, device="cpu", dtype="float32")
 
 
-def begin(folder: Path) -> RecoverDirectory:
+def begin(folder: Path) -> TrainingDirectory:
     """A run that has begun."""
-    run = RecoverDirectory(folder)
+    run = TrainingDirectory(folder, "recover")
     run.check_place()
     run.folder.mkdir(exist_ok=True)
     evaluation = EvaluationRequest(data="python", windows=2)
     decision = TrainingDecision(model="m", folder=folder / "dense", numerics=NUMERICS, evaluation=evaluation, steps=7)
-    run.write_recipe("steps: 7\n")
-    run.write_record(TrainingRecord(kind="recover", model=ModelFacts(source="m"), decision=decision))
+    run.write_record(TrainingRecord(kind="recover", model=ModelFacts(source="m"), decision=decision), "steps: 7\n")
     return run
 
 
@@ -125,7 +124,7 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
     for name in ("lock", "log.txt", "times.json", "times.json.partial"):
         (tmp_path / name).touch()
-    RecoverDirectory(tmp_path).check_place()
+    TrainingDirectory(tmp_path, "recover").check_place()
 
 
 @pytest.mark.parametrize(
@@ -220,8 +219,8 @@ def test_a_folder_that_may_not_be_listed_takes_files(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", [".DS_Store", "._notes", ".nfs000000000001"])
 def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name: str) -> None:
-    for kind in (RunDirectory, PruneDirectory, RecoverDirectory):
-        run = kind(tmp_path / kind.__name__)
+    places = tmp_path / "any", tmp_path / "prune", tmp_path / "recover"
+    for run in (RunDirectory(places[0]), PruneDirectory(places[1]), TrainingDirectory(places[2], "recover")):
         run.folder.mkdir()
         (run.folder / name).touch()
         run.check_place()
@@ -240,7 +239,7 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "calibration.safetensors").write_text("not ours")
     with pytest.raises(FistaPrunerError, match=r"other things in it \(calibration\.safetensors\)"):
-        RecoverDirectory(tmp_path).check_place()
+        TrainingDirectory(tmp_path, "recover").check_place()
 
 
 def test_a_run_file_that_was_changed_is_refused(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ WRONG: list[tuple[Any, str]] = [
     (7, "method 7 is"),
     ([], r"method \[\] is"),
     ("wnada", "method 'wnada'.*wanda"),
-    ([{"wanda": {}, "refit": {}}], "method step .*'refit'"),
+    ([{"wanda": {}, "refit": {}}], "method .*'refit'.* is not a name"),
     *((name, f"'{name}'.* wanda\\+{name}") for name in REFINEMENTS),
     *((f"wanda+refit+{name}", rf"'{name}'.*'wanda\+refit'") for name in SOLVERS if name not in ("fista", "proximal")),
 ]

@@ -16,7 +16,7 @@ from fistapruner.models.operators import discover
 from fistapruner.papers.spp import Spp
 from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.train import RecoverRecipe
-from fistapruner.training.loss import Objective, TokenLoss
+from fistapruner.training.loss import Objective
 from fistapruner.training.masked import SHARE, Form, Lora, Masters, Trained, first_rate
 
 FORMS: dict[str, Form] = {"full": Form(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
@@ -129,7 +129,7 @@ def test_training_in_bf16_lowers_the_loss(tmp_path: Path) -> None:
     text = make_text()
     with model.resident():
         trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full", "lr": 0.02}))
-        objective = Objective(model, trained.run, text, TokenLoss(0.0), None, 2)
+        objective = Objective(model, trained.run, text, 0.0, None, 2)
         losses = []
         for _ in range(6):
             losses.append(objective.backward([0, 1, 2, 3]))

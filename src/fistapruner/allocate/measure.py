@@ -16,7 +16,7 @@ from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout, Operator
-from ..papers.owl import InputEnergy, Outliers
+from ..papers.owl import Outliers
 from ..papers.so_ebm import Workload
 from ..runs.records import WorkloadFacts
 from ..settings.prune import OWN, Recipe
@@ -24,7 +24,7 @@ from ..text.windows import window_tasks
 from .allocate import choose_patterns, split_budget
 from .channels import Permutations, reordered_rows
 from .curves import patterns_measured, predicted_cost, row_error_curves, sampled_rows
-from .fisher import DensePasses, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, Sensitivity, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are measured, at most: a few thousand tokens are enough to rank operators."""
@@ -39,7 +39,7 @@ def check_allocation(recipe: Recipe) -> None:
     Raises:
         FistaPrunerError: names the setting, or what is wrong in the workload file.
     """
-    kind, pattern = measured_by(recipe), recipe.pattern
+    kind, pattern = measured_by(recipe), recipe.sparsity
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
@@ -71,7 +71,7 @@ def measured_by(recipe: Recipe) -> str | None:
     if recipe.workload is not None:
         return "workload"
     if recipe.allocation == "auto":
-        free = recipe.pattern.supports_allocation and recipe.pattern.fraction > 0
+        free = recipe.sparsity.supports_allocation and recipe.sparsity.fraction > 0
         return "error" if free and _own(recipe) and recipe.structure.experts is None else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
@@ -80,8 +80,8 @@ def weighs_rows(recipe: Recipe) -> bool:
     """Check whether weights of output rows are asked for and can change the result."""
     named = recipe.weighting == "fisher"
     auto = recipe.weighting == "auto" and _own(recipe) and recipe.structure.experts is None
-    by_row = all(step.name in ("wanda", "refit") for step in recipe.steps)
-    compete = [each for each in recipe.patterns if each.fraction or (named and each is recipe.pattern)]
+    by_row = all(step.name in ("wanda", "refit") for step in recipe.method)
+    compete = [each for each in recipe.patterns if each.fraction or (named and each is recipe.sparsity)]
     return (named or auto) and not by_row and any(each.supports_allocation for each in compete)
 
 
@@ -108,7 +108,7 @@ def windows_measured(samples: int) -> int:
 
 def _own(recipe: Recipe) -> bool:
     """Check whether ``auto`` settings leave the papers': no, where every step keeps its paper's settings."""
-    return any(step.name == OWN for step in recipe.steps)
+    return any(step.name == OWN for step in recipe.method)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def decide(
     """
     if not needs_measuring(recipe):
         return Decision()
-    kind, patterns = measured_by(recipe), patterns_measured(recipe.pattern)
+    kind, patterns = measured_by(recipe), patterns_measured(recipe.sparsity)
     curved = kind in ("error", "workload")
     workload = _workload(recipe)
     mix = {"": 1.0} if workload is None else workload.mix
@@ -169,38 +169,36 @@ def decide(
         permutations = Permutations(model, layout, kept, patterns if kind == "error" else ())
     seen = _Seen(layout, patterns if curved else (), permutations)
     outliers = Outliers(layout) if kind == "owl" else None
-    gather = None if outliers is None else InputSums(InputEnergy, outliers.add)
-    if curved or permutations is not None:
-        gather = InputSums(ProblemSums, seen.add)
+    gather = outliers.add if outliers is not None else seen.add if curved or permutations is not None else None
     sensitivity, costs = Sensitivity({}, []), {}
     for task, weight in mix.items():
         windows = tokens
         if workload is not None:
             windows = tokens[window_tasks(recipe.calibration) == list(recipe.calibration.tasks).index(task)]
         windows = windows[: windows_measured(len(windows))]
-        if differentiates(recipe):
-            outputs = recipe.reconstruct > 0
-            own = measure_sensitivity(model, layout, windows, passes, seed=recipe.seed, gather=gather, outputs=outputs)
+        gradients, outputs = differentiates(recipe), recipe.reconstruct > 0
+        own = measure_sensitivity(
+            model, layout, windows, passes, seed=recipe.seed, gather=gather, gradients=gradients, outputs=outputs
+        )
+        if gradients:
             costs[task] = {name: predicted_cost(errors, own.rows[name]) for name, errors in seen.errors.items()}
             sensitivity.add(own, weight)
-        elif gather is not None:
-            gather_inputs(model, layout, windows, passes, gather)
     found: dict[str, Constraint] | None = None
     facts: WorkloadFacts | None = None
     if outliers is not None:
-        found = dict(outliers.allocation(sizes, recipe.pattern.fraction))
+        found = dict(outliers.allocation(sizes, recipe.sparsity.fraction))
     elif curved:
         # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
-        found = dict.fromkeys(sizes, recipe.pattern)
+        found = {name: recipe.sparsity for name in sizes}
         known = {name: size for name, size in sizes.items() if name in seen.reached}
         curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
         if known and workload is not None:
-            split, facts = workload.allocate(curves, known, recipe.pattern.fraction, recipe.seed)
+            split, facts = workload.allocate(curves, known, recipe.sparsity.fraction, recipe.seed)
             found |= split
-        elif known and recipe.pattern.supports_allocation:
-            found |= split_budget(curves[""], known, recipe.pattern.fraction)
+        elif known and recipe.sparsity.supports_allocation:
+            found |= split_budget(curves[""], known, recipe.sparsity.fraction)
         elif known:
-            found |= choose_patterns(curves[""], known, patterns, recipe.pattern.fraction)
+            found |= choose_patterns(curves[""], known, patterns, recipe.sparsity.fraction)
     importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()} if weighs_rows(recipe) else {}
     metrics = sensitivity.outputs if recipe.reconstruct else None
     if permutations is None:
@@ -219,7 +217,7 @@ def _staying_patterns(
     cut = {name for name, operator in operators.items() if name in after and after[name].columns != operator.columns}
     narrower = {name.partition(f".{after[name].experts}.")[0] for name in cut if after[name].experts}  # decoder layers
     return {name: pattern for name, pattern in sparsity.items() if name not in cut} | {
-        name: recipe.pattern
+        name: recipe.sparsity
         for name, operator in operators.items()
         if name not in after and name.partition(f".{operator.experts}.")[0] not in narrower
     }

@@ -15,12 +15,19 @@ from ..models.low_rank import LowRankAdapter
 from ..models.record import FILES, FOLDER
 from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
+from ..runtime.show import shell_line
 from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version
 
 
 def is_packed(folder: str | Path) -> bool:
     """Check whether a folder is a packed checkpoint."""
     return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
+
+
+def refuse_packed(folder: Path) -> None:
+    """Refuse a packed folder where a checkpoint is needed."""
+    if is_packed(folder):
+        raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
 
 
 class PackedCheckpoint:

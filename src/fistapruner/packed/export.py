@@ -10,6 +10,7 @@ from ..models.record import refuse_low_rank
 from ..runs.directory import checkpoint_of
 from ..runtime.numerics import undisturbed
 from ..runtime.show import Tick, silent
+from .checkpoint import refuse_packed
 
 
 @undisturbed()
@@ -39,5 +40,6 @@ def export(
         MissingExtraError: the ``gguf`` package is missing.
     """
     out, folder = out_path(out, "the path of a file"), checkpoint_of(path_text("model", model, A_FOLDER))
+    refuse_packed(folder)
     refuse_low_rank(folder, "export")
     return export_gguf(folder, out, values, allow_pickle=allow_pickle, progress=progress or silent)

@@ -23,22 +23,30 @@ from ..core import LayerProblem, ProblemSums
 from ..models.operators import Group
 from ..passes.store import CachedOutputs, HiddenStates, RoutedTokens, kept_projections
 from ..passes.stream import Around, Watched, run_layer
+from ..runs.records import LayerEntry
 from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit
-from .context import LayerContext, LayerStreams
+from .context import LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .drift import Drift
 
 
 class LayerPasses:
-    """The passes of the calibration windows through one loaded decoder layer while it is pruned."""
+    """The passes of the calibration windows through one loaded decoder layer while it is pruned.
 
-    def __init__(self, context: LayerContext, index: int, streams: LayerStreams, clock: Clock) -> None:
-        self.context, self.index, self.streams, self.clock = context, index, streams, clock
-        self.layer, self.groups = context.model.layers[index], context.layout.layers[index]
+    ``result`` gathers what is done to the layer.
+    """
+
+    def __init__(
+        self, context: LayerContext, index: int, streams: LayerStreams, measures: LayerMeasures, clock: Clock
+    ) -> None:
+        self.context, self.index, self.streams, self.measures, self.clock = context, index, streams, measures, clock
+        self.model, self.recipe = context.model, context.recipe
+        self.result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))
+        self.layer, self.groups = self.model.layers[index], context.layout.layers[index]
         self.solved = context.solved(index)
         """Numbers of the groups that are solved."""
-        recipe, units = context.recipe, context.units(index)
+        recipe, units = self.recipe, context.units(index)
         numbers = {operator.name: number for number, group in enumerate(self.groups) for operator in group}
         touched = {unit.name: {numbers[name] for name in unit.names if name in numbers} for unit in units}
         self._touched = set[int]().union(*touched.values())
@@ -50,7 +58,7 @@ class LayerPasses:
         self._cached: CachedOutputs | None = None
         if self._corrects:
             later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
-            projections = kept_projections(context.layout, index, context.model.device)
+            projections = kept_projections(context.layout, index, self.model.device)
             self._cached = CachedOutputs(
                 index, self.layer, self.groups, projections, later_passes, streams.seen, context.scratch
             )
@@ -122,7 +130,7 @@ class LayerPasses:
         They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on
         drifted inputs, or a mixture of both, as for single operators.
         """
-        streams, share, device = self.streams, self.context.recipe.dense_share, self.context.model.device
+        streams, share, device = self.streams, self.recipe.dense_share, self.model.device
         if streams.dense is None:
             self._run(streams.seen, output=wanted)
         elif streams.pruned is not None and share < 1.0:
@@ -193,7 +201,7 @@ class LayerPasses:
         assert isinstance(sums, ChannelSums)
         with self.clock.phase("problem"):
             name = self.context.layout.full_name(self.index, operator)
-            return sums.statistics(name, self.context.recipe.dense_share)
+            return sums.statistics(name, self.recipe.dense_share)
 
     def fitting_problem(self, number: int) -> LayerProblem:
         """Gather the problem of group ``number`` before it loses outputs, on the layer as it is."""
@@ -205,7 +213,7 @@ class LayerPasses:
         assert isinstance(sums, ProblemSums)
         with self.clock.phase("problem"):
             name = "+".join(self.context.names(self.index, self.groups[number]))
-            return sums.problem(name, self.context.recipe.dense_share, release=True)
+            return sums.problem(name, self.recipe.dense_share, release=True)
 
     def routed_to(self, mixture: str) -> RoutedTokens:
         """Return what enters a module of experts, from a pass with the groups before it pruned.
@@ -235,14 +243,14 @@ class LayerPasses:
         self._close_wanted()
         self._drift.close_residual()
         if streams.pruned_out is not None:
-            last = [] if self.context.recipe.reconstruct or self._cached is None else [self._cached.around_pass]
+            last = [] if self.recipe.reconstruct or self._cached is None else [self._cached.around_pass]
             self._run(streams.seen, output=streams.pruned_out, around=last)
         if self._cached is not None:
             self._cached.close()
         if not self.groups or self._first_out is None or streams.dense is None:
             return None
         # A pass of that batch with nothing watched, timed as ``plain``: the report compares it with ``capture``.
-        model, dense_out = self.context.model, self._first_out
+        model, dense_out = self.model, self._first_out
         count = dense_out.shape[0]
         seen = streams.seen.read(0, count, model.device)
         with self.clock.phase("plain"), torch.no_grad():
@@ -253,7 +261,7 @@ class LayerPasses:
         return float(wrong) / max(float(added), 1e-300)
 
     def _run(self, inputs: HiddenStates, **what: Any) -> None:
-        run_layer(self.context.model, self.index, inputs, self.context.calls, clock=self.clock, **what)
+        run_layer(self.model, self.index, inputs, self.context.calls, clock=self.clock, **what)
 
     def _around(self, *, cached: bool = True, residual: bool = True) -> list[Around]:
         """Return what goes around a pass of the layer with some groups pruned."""
@@ -263,7 +271,7 @@ class LayerPasses:
     def _store(self, name: str) -> HiddenStates:
         """Make a store for output hidden states of all windows."""
         seen = self.streams.seen
-        return self.context.scratch(f"{name}-{self.index}", (seen.samples, seen.seqlen, self.context.model.width))
+        return self.context.scratch(f"{name}-{self.index}", (seen.samples, seen.seqlen, self.model.width))
 
     def _close_wanted(self) -> None:
         if self.wanted is not None and self.wanted is not self.streams.dense_out:
@@ -303,7 +311,7 @@ class LayerPasses:
 
     def _gather_expert(self, numbers: list[int], *, channels: bool) -> None:
         """Gather the sums of groups of one expert, or of the ``channels`` that they read, from its own tokens."""
-        first, device = self.groups[numbers[0]][0], self.context.model.device
+        first, device = self.groups[numbers[0]][0], self.model.device
         self._keep_routed([first.experts])
         routed, expert = self._routed[first.experts], self.layer.get_submodule(f"{first.experts}.{first.expert}")
         start = 0  # first window of the batch at work

@@ -35,7 +35,6 @@ from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
-from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
 from ..training.run import resume_training
 from .context import RunContext
@@ -96,7 +95,7 @@ def prune(
     run = PruneDirectory(out)
     run.check_place()
     refuse_overlap(model, out)
-    recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
+    recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
     with (
@@ -150,11 +149,8 @@ def resume(
     """
     out = out_path(out)
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
-    if (found := RunDirectory(out).record()) is None:
-        again = "give its command again, and if that is refused with a new --out"
-        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {again}")
-    if found.kind != "prune":
-        return resume_training(found.kind, out, permissions, listener)
+    if (verb := RunDirectory(out).begun_record().kind) != "prune":
+        return resume_training(verb, out, permissions, listener)
     run = PruneDirectory(out)
     record = run.begun_record()
     recipe, evaluation = Recipe.build(record.recipe, str(run.run_file)), record.decision.evaluation

@@ -59,7 +59,6 @@ from ..settings.base import Execution
 from ..settings.parse import matches
 from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe
-from ..solvers.low_rank import check_rank
 from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, layer_weights
@@ -70,11 +69,8 @@ from .context import LayerContext, open_model
 from .workers import default_threads
 
 if TYPE_CHECKING:
-    from ..training.settle import Request as TrainingRequest
-    from ..training.settle import Settling
-
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
+    from ..training.recovery import Recovery
+    from ..training.recovery import Request as TrainingRequest
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     model = open_model(source, recipe, dtype=dtype)
     layout = discover(model).select(recipe)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
-    sparsity = choose_patterns(recipe, smaller, model.config.model_type)
+    sparsity = choose_patterns(recipe, smaller)
     scratch = scratch_factory(None, model.dtype)
     context = LayerContext(model, smaller, recipe, sparsity, widths, scratch=scratch)
     if widths is None:
@@ -145,16 +141,10 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     return Inputs(source, layout, context, warnings, (_removed(model, widths), *warnings))
 
 
-def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
-    """Decide the pattern of every operator, as the recipe says it.
-
-    Args:
-        recipe: settings.
-        layout: the operators.
-        model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
-    """
+def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
+    """Decide the pattern of every operator, as the recipe says it."""
     operators = layout.operators()
-    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    chosen: dict[str, Constraint] = {name: recipe.sparsity for name, _ in operators}
     for pattern, sparsity in recipe.allocation.items() if isinstance(recipe.allocation, Mapping) else ():
         names = [name for name in chosen if matches(name, pattern)]
         if not names:
@@ -167,13 +157,14 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
         chosen[name].check(operator.columns, name)
         if not recipe.low_rank or not chosen[name].zeros(operator.rows, operator.columns):
             continue
-        if operator.experts or (model_type in MAMBA and name.endswith(".out_proj")):
-            ignored = "experts" if operator.experts else "out_proj"
+        if operator.experts:
             raise FistaPrunerError(
                 f"low_rank {recipe.low_rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore "
-                f"[re:{ignored}], or prune without low_rank"
+                "[re:experts], or prune without low_rank"
             )
-        check_rank(recipe.low_rank, operator.rows, operator.columns, name)
+        if recipe.low_rank > (most := min(shape := (operator.rows, operator.columns))):
+            said = f"its low-rank part has a rank from 0 to {most}, not {recipe.low_rank}"
+            raise FistaPrunerError(f"{name} is {shape[0]} x {shape[1]}: {said}")
     return chosen
 
 
@@ -341,8 +332,7 @@ def settle(
             structure=inputs.context.widths and inputs.context.widths.record(),
         ),
     )
-    run.write_recipe(recipe.to_yaml())
-    run.write_record(record)
+    run.write_record(record, recipe.to_yaml())
     return record, model
 
 
@@ -410,7 +400,7 @@ def _measure(
 
 def common_fields(
     request: Request | TrainingRequest,
-    inputs: Inputs | Settling,
+    inputs: Inputs | Recovery,
     recipe: Recipe | TrainingRecipe,
     threads: int,
     lineage: Lineage | None,

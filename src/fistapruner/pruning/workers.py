@@ -98,10 +98,13 @@ def _prune_journaled(
 ) -> LayerEntry:
     """Prune decoder layer ``index`` and journal it; arguments as for :func:`prune_layer`."""
     run, recipe, widths = context.run, context.recipe, context.widths
-    names = [name for group in context.layout.layers[index] for name in context.names(index, group)]
+    number, names = (
+        f"{index:04d}",
+        [name for group in context.layout.layers[index] for name in context.names(index, group)],
+    )
     learned = recipe.structure.method == "bypass" and widths is not None and widths.channels(index)
     measures = LayerMeasures(
-        metric=run.metric(index) if recipe.reconstruct else None,
+        metric=run.measured("output", [number])[number] if recipe.reconstruct else None,
         importance=run.measured("rows", names) if weighs_rows(recipe) else None,
         scores=run.measured("scores", names) if learned else {},
     )

@@ -101,7 +101,7 @@ class RunDirectory(Generic[R_co]):
         text_name: stem of the file with the run's text, which is the first that is written.
     """
 
-    verb: ClassVar[str | None] = None
+    verb: str | None = None
     schema: ClassVar[type[RunRecord]] = RunRecord
     text_name: ClassVar[str] = "windows"
 
@@ -177,17 +177,16 @@ class RunDirectory(Generic[R_co]):
     def begun_record(self) -> R_co:
         """Read ``run.json`` of a run that was begun; a FistaPrunerError says that there is none."""
         if (record := self.record()) is None:
-            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+            again = "give its command again, and if that is refused with a new --out"
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json): {again}")
         return record
 
-    def write_record(self, record: RunRecord) -> None:
-        """Replace ``run.json``; its format and a checksum of its content go with it."""
+    def write_record(self, record: RunRecord, recipe: str | None = None) -> None:
+        """Replace ``run.json``, with its format and a checksum; before it ``recipe.yaml``, unless that stays."""
+        if recipe is not None:
+            write_text_atomic(self.recipe_file, recipe)
         results = {"layers", "totals", "evaluations", "speed", "generations"}
         write_sealed_json(self.run_file, {**record.model_dump(mode="json", exclude=results), "format": FORMAT})
-
-    def write_recipe(self, text: str) -> None:
-        """Replace ``recipe.yaml``."""
-        write_text_atomic(self.recipe_file, text)
 
     def read_report(self) -> Report:
         """Read ``report.json``; a FistaPrunerError says that it is missing, damaged or of a newer release."""
@@ -334,45 +333,38 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     def write_metrics(
         self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders, scores: Mapping[str, Tensor]
     ) -> None:
-        """Store what was measured on the dense model, as far as the recipe needs it.
-
-        Args:
-            metrics: of every decoder layer, the weight of errors of its output.
-            importance: weights of rows; ``scores``: of the channels that are read; both by full name of the operator.
-            orders: by name of the tensor whose channels are reordered, the dimension and the old places.
-        """
+        """Store what was measured on the dense model, as :meth:`measured` and :meth:`orders` read it."""
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
         tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
         tensors |= {f"scores.{name}": values for name, values in scores.items()}
         write_tensors(self.metrics_file, tensors)
 
-    def metric(self, index: int) -> Tensor:
-        """Read the weight of errors of decoder layer ``index``'s output."""
-        return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
-
     def measured(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read what was measured of operators: weights of their ``rows``, or ``scores`` of channels.
+        """Read what was measured, by name; what has no measurement is left out.
 
-        Operators without it are left out.
+        Args:
+            kind: ``rows``: weights of an operator's rows; ``scores``: of the channels that it reads; both by its full
+                name; ``output``: weights of the errors of a decoder layer's output, by its number in four digits.
         """
         file = SafetensorsFile(self.metrics_file)
         return {name: file.read(f"{kind}.{name}") for name in names if f"{kind}.{name}" in file.entries}
 
     def orders(self) -> Orders:
-        """Read the new order of channels, by tensor."""
+        """Read the new order of channels by tensor: the dimension, and the old places."""
         file = SafetensorsFile(self.metrics_file)
         named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
         return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}
 
 
 class TrainingDirectory(RunDirectory[TrainingRecord]):
-    """Paths and records of one run that trains."""
+    """Paths and records of one run that trains, ``recover`` or ``align``."""
 
     schema = TrainingRecord
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verb: str) -> None:
         super().__init__(folder)
+        self.verb = verb
         self.references_file = folder / "references.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
@@ -397,18 +389,6 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             kind = Pairs if "test" in tensors else TrainingText
             return kind(**fields, tasks=tuple(about["tasks"]), facts=about["facts"])
         return None
-
-
-class RecoverDirectory(TrainingDirectory):
-    """Paths and records of one recovery run."""
-
-    verb = "recover"
-
-
-class AlignDirectory(TrainingDirectory):
-    """Paths and records of one alignment run."""
-
-    verb = "align"
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

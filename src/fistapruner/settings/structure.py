@@ -37,14 +37,6 @@ def _amount(value: Any) -> float | int | None:
     return int(text)
 
 
-def _share(value: Any) -> float | None:
-    """Read a share."""
-    share = _amount(value)
-    if isinstance(share, int):
-        raise ValueError("a share such as 25% is expected")
-    return share
-
-
 Amount = Annotated[float | int | None, BeforeValidator(_amount)]
 
 
@@ -58,7 +50,7 @@ class Remove(Settings):
         experts: share (float) or number (int) of the experts of every mixture.
     """
 
-    share: Annotated[float | None, BeforeValidator(_share)] = None
+    share: Annotated[float | None, BeforeValidator(_amount), Field(lt=1)] = None
     mlp: Amount = None
     heads: Annotated[int | None, Field(ge=1)] = None
     experts: Amount = None

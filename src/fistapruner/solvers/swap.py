@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
-from ..errors import FistaPrunerError
 from .base import Method, Solution, keep_better_rows
 from .refit import factor_blocks, refit_exact
 
@@ -44,8 +43,7 @@ class Swap(Method):
     damping: float = 1e-4
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
-        if start is None:
-            raise FistaPrunerError("swap needs the mask of a step before it, such as alps+swap")
+        assert start is not None
         centre, gram, warnings = problem.regularised(Ridge(mean=self.damping))
         weight, _, raised = refit_exact(centre, gram, start.mask, problem.name)
         mask, done = start.mask.clone(), 0

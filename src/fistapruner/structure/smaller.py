@@ -51,10 +51,6 @@ class Widths:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return tuple(unit for unit in self.units[index] if unit.kind == EXPERTS)
 
-    def touched(self, index: int) -> set[str]:
-        """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""
-        return {name for unit in self.channels(index) for name in unit.names}
-
 
 def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
     """Count the parameters that are removed from a model."""

@@ -45,7 +45,7 @@ class Weight(NamedTuple):
         return found
 
 
-def hold_mask(model: nn.Module) -> HoldMask:
+class hold_mask(TrainerCallback):  # type: ignore[misc]
     """Keep every zero of a pruned model while it is trained by any PyTorch trainer.
 
     Args:
@@ -53,14 +53,9 @@ def hold_mask(model: nn.Module) -> HoldMask:
             are new adapters and are not held). A tensor of all experts of a mixture counts as a linear weight: all of
             its zeros are held.
 
-    Returns a context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one
-    byte for each held weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
+    A context manager for the training, and a ``transformers.TrainerCallback``. The masks take one byte for each held
+    weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
     """
-    return HoldMask(model)
-
-
-class HoldMask(TrainerCallback):  # type: ignore[misc]
-    """Set gradients and weights to 0 where a model is pruned; see :func:`hold_mask`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._weights = model, held_weights(model)

@@ -173,7 +173,7 @@ def trained_layer(
     """Make the masters of a decoder layer that a recipe wants; without values where it has no weights."""
     form = form_of(recipe)
     pruned = {f"{each.name}.weight": (form, each.transposed) for each in layout.in_layer(index)} if form else {}
-    return TrainedLayer(model, index, pruned, bool(recipe.also), recipe.seed, low_rank)
+    return TrainedLayer(model, index, pruned, not recipe.as_published, recipe.seed, low_rank)
 
 
 class Masters:
