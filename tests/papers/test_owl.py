@@ -1,7 +1,5 @@
 """OWL: outliers are counted against the layer's mean, and layers with more of them keep more weights."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 import tiny
 from fistapruner.models.operators import discover
 from fistapruner.papers.spp import Spp
-from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.training.loss import Objective
-from fistapruner.training.masked import SHARE, Form, Lora, Masters, Trained, first_rate
+from fistapruner.training.masked import Form, Lora, Masters, Trained
 
 FORMS: dict[str, Form] = {"full": Form(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
 
@@ -107,21 +106,6 @@ def test_a_step_is_torchs_adamw_on_survivors() -> None:
     before = ours.detach().clone()
     assert not masters.step(1.0) < 1
     assert torch.equal(ours, before)
-
-
-def test_learning_rates() -> None:
-    lora, vector = Lora(16, 2.0), torch.tensor([3.0, 0.0, 4.0])
-    size, rate = (25 / 2) ** 0.5, lora.rate(64)
-    auto = RecoverRecipe.build({})
-    assert first_rate(auto, rate, rate, matrix(2, 2)) == 2e-3
-    assert first_rate(auto, None, rate, vector) == pytest.approx(SHARE * size)
-    assert first_rate(AlignRecipe.build({}), rate, rate, vector) == pytest.approx(1e-4)
-    given_rate = RecoverRecipe.build({"lr": 4e-3})
-    assert first_rate(given_rate, rate, rate, vector) == 4e-3
-    assert first_rate(given_rate, None, rate, vector) == pytest.approx(2 * SHARE * size)
-    share = RecoverRecipe.build({"parameters": "full", "lr": 0.01})
-    assert first_rate(share, Form().rate(64), None, vector) == pytest.approx(0.01 * size)
-    assert Spp(16, 2.0).rate(576) == pytest.approx(4e-4 * 24)
 
 
 def test_training_in_bf16_lowers_the_loss(tmp_path: Path) -> None:

@@ -111,7 +111,6 @@ def test_divergence_from_the_dense_model(tmp_path: Path, share: float, marked: f
             total = float(objective.losses(numbers).sum() / objective.counts(numbers).sum())
             assert total == pytest.approx(value, rel=1e-6)
         for name, each in trained.parameters.items():
-            assert each.grad is not None
             close(each.grad, expected[name])
 
 

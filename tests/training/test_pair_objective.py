@@ -119,7 +119,6 @@ def test_gradients_are_those_of_the_whole_model(
                 assert objective.backward(numbers) == pytest.approx(value, rel=1e-5)
                 assert objective.losses(numbers)[1::2].tolist() == [0.0] * 3
             for name, each in trained.parameters.items():
-                assert each.grad is not None
                 difference = float((each.grad - expected[name]).norm())
                 assert difference <= 1e-4 * float(expected[name].norm()) + 1e-7
 
