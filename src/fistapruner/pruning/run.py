@@ -18,12 +18,11 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
-from ..runs.log import Listener, Logged, Times, hold, log_file, spent
+from ..runs.log import Listener, Logged, Times, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
-    interrupted_with,
     refuse_another,
     refuse_other_model,
     refuse_other_settings,
@@ -98,12 +97,7 @@ def prune(
     recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
-    with (
-        interrupted_with(lambda: _how_to_continue(run)),
-        run.created(),
-        hold(out),
-        log_file(run.log_file),
-    ):
+    with run.entered(lambda: _how_to_continue(run)):
         listener = Logged(told)
         settled = run.record()
         if settled is None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, cast
@@ -60,9 +60,9 @@ from ..runtime.files import (
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.training import Pairs, TrainingText
-from .log import TIMES
+from .log import TIMES, hold, log_file
 from .records import Report, is_run, load_run, parse
-from .settled import PruneRecord, RunRecord, TrainingRecord
+from .settled import PruneRecord, RunRecord, TrainingRecord, interrupted_with
 from .store import LayerJournal, Snapshots
 
 CARD = "README.md"
@@ -135,14 +135,18 @@ class RunDirectory(Generic[R_co]):
             raise FistaPrunerError(f"--out {self.folder} {said}")
 
     @contextmanager
-    def created(self) -> Iterator[None]:
-        """Make the folder; it, log and times go again where the block is refused and has made nothing else."""
+    def entered(self, interrupted: Callable[[], str]) -> Iterator[None]:
+        """Make, hold and log to the folder; an interruption carries what ``interrupted`` says then.
+
+        Folder, log and times go again where the block is refused and has made nothing else.
+        """
         existed = self.folder.is_dir()
         before = set(self.folder.iterdir()) if existed else set()
         try:
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            yield
+            with interrupted_with(interrupted), hold(self.folder), log_file(self.log_file):
+                yield
         except FistaPrunerError:
             with suppress(OSError):
                 made = set(self.folder.iterdir()) - before
