@@ -68,7 +68,7 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
 
 @contextmanager
 def cpu_threads(count: int | None = None) -> Iterator[None]:
-    """Compute on so many CPU threads, None on :func:`usable_threads`; the last bits of products depend on it."""
+    """Compute on so many CPU threads, by default all usable ones; last bits depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or usable_threads())
     try:
