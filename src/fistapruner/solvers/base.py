@@ -42,12 +42,7 @@ class Solution:
 
 
 def setting(
-    default: Any,
-    description: str,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    choices: Sequence[str] = (),
+    default: Any, description: str, *, least: float = -math.inf, above: float = -math.inf, choices: Sequence[str] = ()
 ) -> Any:
     """Make a field of a method that recipes set: with its bounds, which are checked, and its description.
 
