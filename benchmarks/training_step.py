@@ -28,7 +28,7 @@ from fistapruner.models.operators import discover
 from fistapruner.models.source import Permissions
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.training import TrainingText
-from fistapruner.training.loss import Objective, TokenLoss
+from fistapruner.training.loss import Objective
 from fistapruner.training.masked import Trained
 
 SEQLEN, RANK, STEPS, WARM = 512, 16, 10, 2
@@ -89,7 +89,7 @@ def measure(folder: Path, form: str, tokens: Tensor) -> dict[str, Any]:
     with model.resident():
         recipe = RecoverRecipe.build({"parameters": "full" if form == "full" else "lora", "rank": RANK})
         trained = Trained(model, discover(model), recipe)
-        objective = Objective(model, trained.run, text, TokenLoss(0.0), None, 1)
+        objective = Objective(model, trained.run, text, 0.0, None, 1)
         for step in range(STEPS):
             number = step % windows
             begin = time.process_time()

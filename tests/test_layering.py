@@ -1,7 +1,5 @@
 """The rooms of the package form layers: no import runs upward, there is no circle; and rules of the house."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 
@@ -9,17 +7,8 @@ import fistapruner
 
 PACKAGE = Path(fistapruner.__file__).parent
 
-LAYERS = (
-    "errors",
-    "core",
-    "solvers",
-    "runtime",
-    "settings",
-    "models",
-    "passes",
-    "text",
-    "runs",
-    "training",
+LAYERS = ("errors", "core", "solvers", "runtime", "settings", "models", "passes", "text", "runs", "training")
+LAYERS += (
     "allocate",
     "structure",
     "pruning",

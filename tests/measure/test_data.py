@@ -32,16 +32,6 @@ def bos_tokenizer() -> Any:
     return made
 
 
-def test_windows_do_not_overlap_and_the_rest_is_dropped() -> None:
-    tokenizer = tiny.tokenizer()
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    windows = cut_windows(TEXT, tokenizer, 32)
-    assert windows.tokens.shape == (len(ids) // 32, 32)
-    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 32 * 32]
-    assert windows.bos == "none"
-    assert cut_windows(TEXT, tokenizer, 32, 3).tokens.tolist() == windows.tokens[:3].tolist()
-
-
 def test_bos_stands_where_the_tokenizer_says() -> None:
     plain, adding = tiny.tokenizer(), bos_tokenizer()
     assert cut_windows(TEXT, plain, 16).bos == "none"

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner import NM, FistaPrunerError
-from fistapruner.cli import main
 from fistapruner.core.constraints import patterns_met
 from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
@@ -52,17 +51,14 @@ def pruned(folder: Path, sparsity: str | None = None, architecture: str = "llama
         ("0.416015625", None, "41.6016%"),
     ],
 )
-def test_true_claims_hold(
-    tmp_path: Path, sparsity: str, pattern: str | None, shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_true_claims_hold(tmp_path: Path, sparsity: str, pattern: str | None, shown: str, cli: tiny.Cli) -> None:
     folder = pruned(tmp_path / "model", sparsity)
     found = inspect_checkpoint(folder)
     assert len(found.operators) == 14
     assert {operator.pattern for operator in found.operators} == {pattern}
     assert found.violations == []
     assert found.weights == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    assert main(["inspect", str(folder)]) == 0
-    printed = capsys.readouterr().out
+    printed = cli("inspect", folder).out
     assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("model.")] == [[shown, "holds"]] * 14
     assert "every claim holds" in printed
     assert inspect_checkpoint(tmp_path).folder == folder  # a run directory
@@ -91,36 +87,31 @@ def test_masks_and_a_tied_head_are_no_parameters(tmp_path: Path, architecture: s
     assert inspect_checkpoint(folder).weights == model.num_parameters() + embedding.numel()
 
 
-def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_weight_too_many_is_caught(tmp_path: Path, cli: tiny.Cli) -> None:
     for sparsity in ("2:4", "50%"):
         folder = pruned(tmp_path / sparsity.replace(":", ""), sparsity)
         tensors = load_file(folder / "model.safetensors")
         weight = tensors["model.layers.1.mlp.up_proj.weight"]
         weight[tuple((weight == 0).nonzero()[7])] = 1e-6
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        assert main(["inspect", str(folder), "--json"]) == 1
-        result = json.loads(capsys.readouterr().out)
+        result = json.loads(cli("inspect", folder, "--json", status=1).out)
         assert not result["ok"]
         assert len(result["violations"]) == 1
         assert "model.layers.1.mlp.up_proj.weight" in result["violations"][0]
-        assert main(["inspect", str(folder), "--quiet"]) == 1
-        assert "violated: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+        assert "violated: model.layers.1.mlp.up_proj.weight" in cli("inspect", folder, "--quiet", status=1).out
 
 
-def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, cli: tiny.Cli) -> None:
     folder = pruned(tmp_path / "dense")
-    assert main(["inspect", str(folder)]) == 0
-    printed = capsys.readouterr().out
+    printed = cli("inspect", folder).out
     assert "pruned operators: 0 of 14" in printed
     assert f"no zeros were checked: {folder} has no fistapruner.json that claims any; copy that of" in printed
-    assert main(["inspect", str(folder), "--pattern", "2:4"]) == 1
-    assert main(["inspect", str(folder), "--pattern", "0:4"]) == 2
+    cli("inspect", folder, "--pattern", "2:4", status=1)
+    cli("inspect", folder, "--pattern", "0:4", status=2)
     half = pruned(tmp_path / "pruned", "2:4")
     (half / "fistapruner.json").unlink()
-    for pattern in ("2:4", "50%", "3:4", "4:8"):
-        assert main(["inspect", str(half), "--pattern", pattern]) == 0
-    for pattern in ("1:4", "51%"):
-        assert main(["inspect", str(half), "--pattern", pattern]) == 1
+    for pattern in ("2:4", "50%", "3:4", "4:8", "1:4", "51%"):
+        cli("inspect", half, "--pattern", pattern, status=int(pattern in ("1:4", "51%")))
 
 
 def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> None:
@@ -222,18 +213,17 @@ def test_a_run_without_a_finished_checkpoint_is_said_to_go_on_with(tmp_path: Pat
 
 
 def test_a_gguf_file_is_inspected_as_it_is_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: tiny.Cli
 ) -> None:
     pytest.importorskip("gguf", reason="needs the extra 'gguf'")
     from tiny_gguf import write_gguf
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = write_gguf(tmp_path / "tiny.gguf", kind="F16")
-    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(cli("inspect", tmp_path / "tiny.gguf", "--json").out)
     assert len(found["operators"]) == 14
     assert found["model"]["weights"] == sum(parameter.numel() for parameter in model.parameters())
-    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--pattern", "2:4", "--quiet"]) == 1
+    cli("inspect", tmp_path / "tiny.gguf", "--pattern", "2:4", "--quiet", status=1)
     (tmp_path / "model.bin").touch()
     with pytest.raises(FistaPrunerError, match="neither a folder"):
         inspect_checkpoint(tmp_path / "model.bin")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
-from fistapruner.cli import main
+from fistapruner.cli.arguments import show
 from fistapruner.measure.logits import KeptStates, score_windows, shown_name
 from fistapruner.measure.run import generate_side_by_side
-from fistapruner.measure.tasks import Tasks, task_result
+from fistapruner.measure.tasks import task_result
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.records import Report
@@ -98,13 +99,11 @@ def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> Non
     assert same.kl < 1e-6
 
 
-def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_models_run_in_one_precision(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tasks: Mock
+) -> None:
     """The wider one, for text and for tasks: the same weights stored in two precisions are the same model."""
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
-    module = importlib.import_module("fistapruner.measure.evaluate")
-    asked: list[torch.dtype | None] = []
-    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda *given, **_: (asked.append(given[3]), ())[1])
     half = tiny.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
     AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / "full")
@@ -113,7 +112,7 @@ def test_two_models_run_in_one_precision(tmp_path: Path, text: Path, monkeypatch
         assert found.perplexity == found.reference
         assert found.perplexity.dtype == expected
         assert (found.divergence.top1_agreement, found.divergence.nll_difference) == (1.0, 0.0)
-    assert asked == [torch.bfloat16, torch.float32, torch.float32]
+    assert [call.args[3] for call in tasks.call_args_list] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_hidden_states_that_memory_does_not_hold_are_in_a_file(
@@ -194,18 +193,13 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
             evaluate(tmp_path / "model", str(text), seqlen=16, dtype=dtype)
 
 
-def test_the_command_line_prints_what_the_figure_depends_on(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_what_the_figure_depends_on(tmp_path: Path, text: Path, cli: tiny.Cli) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    assert (
-        main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
-    )
-    printed = capsys.readouterr().out
+    command = ["evaluate", folder, "--data", text, "--seqlen", "16"]
+    printed = cli(*command, "--against", folder, "--quiet").out
     for part in ("perplexity", "dense", "KL", "top-1", "text.txt (file)", "windows of 16 tokens", "float32"):
         assert part in printed
-    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--windows", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
+    assert json.loads(cli(*command, "--windows", "3", "--json").out)["perplexity"]["windows"] == 3
 
 
 @pytest.mark.parametrize(
@@ -221,11 +215,13 @@ def test_progress_calls_a_model_as_its_user_does(tmp_path: Path, folder: str, na
     assert shown_name(tmp_path / folder) == name
 
 
-def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
+def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     one = evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
     found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
-    for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
+    show(found, Namespace(json=True))
+    printed = json.loads(capsys.readouterr().out)
+    for written in (printed, Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
         assert written["perplexity"]["standard_error"] is None
         (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
         errors = (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from fistapruner import FistaPrunerError, pack
-from fistapruner.cli import main
 from fistapruner.measure import QUANTISE_FIRST
 from fistapruner.measure.speed import (
     Run,
@@ -22,15 +22,11 @@ from fistapruner.measure.speed import (
     time_generation,
     weight_bytes,
 )
+from forked import FORKS
 from packed.pruned import pickle_weights, save_pruned
-from speeds import in_this_process
-from tiny import build
 
-DENSE, SMALLER, PACKED = (
-    ["dense float32", "dense bfloat16"],
-    ["smaller float32", "smaller bfloat16"],
-    ["packed", "packed int8"],
-)
+DENSE, PACKED = ["dense float32", "dense bfloat16"], ["packed", "packed int8"]
+SMALLER = ["smaller float32", "smaller bfloat16"]
 
 
 def speed(name: str, rate: float = 10, spread: float = 0.0) -> Speed:
@@ -47,7 +43,7 @@ def forms(model: Path, **settings: object) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_decoding_is_timed(architecture: str) -> None:
-    run = time_generation(build(architecture), torch.arange(3, 13).view(2, 5), 4)
+    run = time_generation(tiny.build(architecture), torch.arange(3, 13).view(2, 5), 4)
     assert run.first_token > 0
     assert run.tokens_per_second > 0
 
@@ -60,14 +56,15 @@ def test_runs_are_summarised_by_median_and_range() -> None:
     assert found.runs == 3
 
 
-def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path) -> None:
+def test_every_form_of_a_pruned_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
     legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
     with pytest.raises(FistaPrunerError, match=r"legacy has only legacy pickle weights .* --allow-pickle"):
         bench(legacy)
     assert forms(legacy, allow_pickle=True) == forms(tmp_path / "p") == DENSE + PACKED
-    speeds = bench(source, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    speeds = bench(source, prompt=4, tokens=3, runs=1)
     assert [one.variant for one in speeds] == DENSE + PACKED
     pack(source, tmp_path / "int8", values="int8")
     assert forms(tmp_path / "int8") == [*DENSE, "packed int8"]
@@ -95,9 +92,7 @@ def test_a_model_that_is_not_packed_is_measured_as_it_is(tmp_path: Path, setting
     assert forms(source) == DENSE
 
 
-def test_the_command_prints_a_table_or_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_a_table_or_json(tmp_path: Path, cli: tiny.Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def measured(model, **settings):
@@ -106,42 +101,43 @@ def test_the_command_prints_a_table_or_json(
         return [speed("dense float32", 10), speed("packed", 20)]
 
     monkeypatch.setattr("fistapruner.measure.run.bench_forms", measured)
-    command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
-    assert main(command) == 0
-    printed = capsys.readouterr().out
+    command = ["bench", tmp_path, "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
+    printed = cli(*command).out
     assert "dense float32" in printed
     assert "20.0 (20.0 to 20.0) (dense 10.0); ×2.00 of dense float32" in printed
     assert printed.endswith(f"{QUANTISE_FIRST}\n")
-    assert main([*command, "--json"]) == 0
-    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
+    rows = json.loads(cli(*command, "--json").out)["speeds"]
+    assert [row["variant"] for row in rows] == ["dense float32", "packed"]
     numbers = {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1}
     assert asked == 2 * [(str(tmp_path), {**numbers, "allow_pickle": False})]
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
-    folder = save_pruned(tmp_path / "m", "gpt2")
     for model, settings, said in (
-        (folder, {"batch": 0}, "batch 0 is not a whole number of at least 1"),
-        (folder, {"tokens": 1}, "tokens 1 is not a whole number of at least 2"),
-        (folder, {"runs": "8"}, "runs '8' is not a whole number of at least 1"),
+        (save_pruned(tmp_path / "m"), {"batch": 0}, "batch 0 is not a whole number of at least 1"),
+        (tmp_path / "m", {"tokens": 1}, "tokens 1 is not a whole number of at least 2"),
+        (tmp_path / "m", {"runs": "8"}, "runs '8' is not a whole number of at least 1"),
         (tmp_path / "none", {}, r"none has no config\.json|none does not exist"),
     ):
         with pytest.raises(FistaPrunerError, match=said):
             bench(model, measure=named, **settings)
-    with pytest.raises(FistaPrunerError, match=r"^dense: IndexError: index out of range"):  # it has 128 positions
-        compare([Variant("dense", folder)], prompt=200, tokens=2, threads=1)
 
 
-def test_every_variant_has_a_process_of_its_own(tmp_path: Path) -> None:
+def test_every_variant_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of a variant name it, in one line."""
+    short = Variant("dense", save_pruned(tmp_path / "gpt2", "gpt2"))  # of 128 positions
     pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    (found,) = compare([Variant("packed", tmp_path / "p")], prompt=4, tokens=3, runs=2, threads=1)
+    packed = Variant("packed", tmp_path / "p")
+    (found,) = compare([packed], prompt=4, tokens=3, runs=2, threads=1)
     assert (found.variant, found.runs, found.threads) == ("packed", 2, 1)
     assert found.peak_memory > 2**20
     assert found.file_size > 0
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
+    with pytest.raises(FistaPrunerError, match=r"^dense: IndexError: index out of range"):
+        compare([short, packed], prompt=200, tokens=2, threads=1)
     (tmp_path / "p" / "packed.json").write_text("{}")
     with pytest.raises(FistaPrunerError, match=r"packed\.json is damaged: it does not describe"):
-        compare([Variant("packed", tmp_path / "p")], threads=1)
+        compare([packed], threads=1)
 
 
 def test_weights_that_are_stored_twice_are_counted_once(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -50,9 +49,6 @@ def test_paired_counts_and_the_exact_binomial_test(pairs: list[tuple[bool, bool]
     ours = {index: float(a) for index, (a, _) in enumerate(pairs)}
     theirs = {index: float(b) for index, (_, b) in enumerate(pairs)}
     result = task_result("t", "acc", ours, theirs)
-    assert result.lost is not None
-    assert result.won is not None
-    assert result.reference is not None
     assert (result.won - result.lost) / len(pairs) == pytest.approx(result.value - result.reference)
     apart = [ours[item] - theirs[item] for item in ours]
     assert result.difference_error == pytest.approx(stdev(apart) / math.sqrt(len(apart)), abs=1e-9)
@@ -150,20 +146,12 @@ def test_lm_eval_is_told_how_long_texts_may_be(tmp_path: Path, lm_eval: Any) -> 
     assert lm_eval.HFLM.call_args.kwargs["max_length"] == 64
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path]]:
-    """What ``fp.evaluate`` asks of tasks, which are not run: their names and the model's folder."""
-    calls: list[tuple[list[str], Path]] = []
-    names: list[str] = []
-    module = importlib.import_module("fistapruner.measure.evaluate")
-    monkeypatch.setattr(module, "find_tasks", lambda tasks, *_: (names.__setitem__(slice(None), tasks), ANY)[1])
-    monkeypatch.setattr(
-        module, "evaluate_tasks", lambda folders, *_, **__: (calls.append(([*names], folders[0])), ())[1]
-    )
-    return calls
+def asked(tasks: Mock) -> list[tuple[tuple[str, ...], Path]]:
+    """Tasks and models of all calls of :func:`evaluate_tasks`."""
+    return [(call.args[1].names, call.args[0][0]) for call in tasks.call_args_list]
 
 
-def test_weights_are_checked_before_tasks(tmp_path: Path, asked: list[Any]) -> None:
+def test_weights_are_checked_before_tasks(tmp_path: Path, tasks: Mock) -> None:
     """Without text too, where transformers alone would read them."""
     dense, legacy = (tiny.save("llama", tmp_path / name, num_hidden_layers=1) for name in ("dense", "legacy"))
     torch.save(load_file(legacy / "model.safetensors"), legacy / "pytorch_model.bin")
@@ -172,14 +160,14 @@ def test_weights_are_checked_before_tasks(tmp_path: Path, asked: list[Any]) -> N
     for models in ((legacy, None), (dense, legacy), (tmp_path / "typo", None)):
         with pytest.raises(fp.FistaPrunerError, match=r"typo has no config\.json|legacy has only legacy pickle"):
             fp.evaluate(models[0], against=models[1], tasks=["boolq"])
-    assert not asked
+    assert not asked(tasks)
     fp.evaluate(dense, against=legacy, tasks="boolq", allow_pickle=True)
     fp.evaluate(dense, "python", windows=1, seqlen=16, tasks_dir=tmp_path, memory_limit="8GiB")
-    assert asked == [(["boolq"], dense), ([], dense)]  # one task is not a list of letters
+    assert asked(tasks) == [(("boolq",), dense), ((), dense)]  # one task is not a list of letters
 
 
 def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: Mock
 ) -> None:
     monkeypatch.setattr(build, "resident_memory", lambda: 2**20)
     small = tiny.save("llama", tmp_path / "small", num_hidden_layers=1)
@@ -188,9 +176,9 @@ def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
     for model, against in ((large, None), (small, large)):
         with pytest.raises(fp.FistaPrunerError, match=r"^--tasks on .*large needs the whole model on cpu, .*: leave"):
             fp.evaluate(model, against=against, tasks=["piqa"], memory_limit=limit)
-    assert not asked
+    assert not asked(tasks)
     fp.evaluate(small, tasks=["piqa"], memory_limit=limit)
-    assert asked == [(["piqa"], small)]
+    assert asked(tasks) == [(("piqa",), small)]
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, SparseLinear
-from fistapruner.cli import main
 from fistapruner.core import NM
 from fistapruner.measure.speed import Speed, Variant, bench, load_variant, weight_bytes
 from fistapruner.models.build import load_whole
@@ -94,7 +93,7 @@ def test_operators_are_sparse_and_their_sum_is_nearer_to_the_dense_one(dense: Pa
     assert first.relative_error < alone.relative_error  # type: ignore[operator]  # of the same problem
 
 
-def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_additional_weights_are_counted_and_said(run: Path, cli: tiny.Cli) -> None:
     totals = load_run(run).totals
     adapter = SafetensorsFile(run / "adapter" / "adapter_model.safetensors")
     assert totals.low_rank_weights == sum(entry.shape[0] * entry.shape[1] for entry in adapter.entries.values())
@@ -102,9 +101,8 @@ def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.Captu
     card = (run / "model" / "README.md").read_text()
     assert "PeftModel.from_pretrained" in card
     assert f"{totals.low_rank_weights}" in card.replace(",", "").replace("\u202f", "").replace("\u00a0", "")
-    assert main(["inspect", str(run)]) == 0
-    assert f"{totals.low_rank_weights} weights of rank {RANK}" in capsys.readouterr().out
-    assert main(["report", str(run)]) == 0
+    assert f"{totals.low_rank_weights} weights of rank {RANK}" in cli("inspect", run).out
+    cli("report", run)
     for text in ((run / "report.html").read_text(), summary(load_run(run), run)):
         assert "additional weights" in text.lower()
 
@@ -204,20 +202,17 @@ def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, ho
     assert not unfinished(run / "adapter").exists()
 
 
-def test_verbs_that_would_leave_it_out_refuse_the_run(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, pairs, adapter = str(tmp_path / "out"), tmp_path / "pairs.jsonl", str(run / "adapter")
-    pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
+def test_verbs_that_would_leave_it_out_refuse_the_run(run: Path, tmp_path: Path, cli: tiny.Cli) -> None:
+    out, pairs, adapter = str(tmp_path / "out"), tiny.write_pairs(tmp_path / "pairs.jsonl"), str(run / "adapter")
     for command in (
-        ["export", str(run), out + ".gguf"],
-        ["recover", str(run), "--merge", adapter, "--out", out],
-        ["align", str(run), "--data", str(pairs), "--out", out],
-        ["compare", str(run / "model"), "--methods", "wanda", "--out", f"{out}-compared"],
-        ["prune", str(run / "model"), "--out", out],
+        ["export", run, out + ".gguf"],
+        ["recover", run, "--merge", adapter, "--out", out],
+        ["align", run, "--data", pairs, "--out", out],
+        ["compare", run / "model", "--methods", "wanda", "--out", f"{out}-compared"],
+        ["prune", run / "model", "--out", out],
     ):
-        assert main(command) != 0, command
-        assert f"low-rank part is {adapter}" in capsys.readouterr().err, command
+        status = 1 if command[0] == "compare" else 2  # its only row fails
+        assert f"low-rank part is {adapter}" in cli(*command, status=status).err, command
 
 
 def packed_run(tmp_path: Path, architecture: str, **changes: Any) -> tuple[Path, Path]:
@@ -296,7 +291,7 @@ def test_rounded_values_are_those_of_the_sparse_part_alone(run: Path, tmp_path: 
 
 @pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_packed_model_without_its_adapter_or_with_another_is_refused(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str
+    run: Path, tmp_path: Path, cli: tiny.Cli, lost: str
 ) -> None:
     packed = tmp_path / "packed"
     fp.pack(run / "model", packed, values="bf16")
@@ -306,9 +301,8 @@ def test_a_packed_model_without_its_adapter_or_with_another_is_refused(
     with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
         fp.load(packed)
     (packed / "adapter" / lost).unlink()
-    for command in (["evaluate"], ["unpack", str(tmp_path / "out")], ["inspect"]):
-        assert main([command[0], str(packed), *command[1:]]) != 0
-        assert re.search(rf"{packed / 'adapter' / lost},? is gone", "".join(capsys.readouterr()))
+    for (verb, *more), status in ((["evaluate"], 2), (["unpack", tmp_path / "out"], 2), (["inspect"], 1)):
+        assert re.search(rf"{packed / 'adapter' / lost},? is gone", "".join(cli(verb, packed, *more, status=status)))
     adapter = LowRankAdapter.beside(run / "model")
     with pytest.raises(FistaPrunerError, match=r"of another model: .*mlp\.down_proj has factors .* has \[32, 64\]"):
         adapter.add_to(tiny.build("llama", intermediate_size=64, num_hidden_layers=2))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,13 +15,13 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.cli import main
 from fistapruner.measure.run import put_in_place
-from fistapruner.measure.tasks import Tasks
+from fistapruner.reporting.facts import cost_facts
 from fistapruner.reporting.measured import quality_facts
-from fistapruner.runs.log import Listener, hold
+from fistapruner.runs.log import hold
 from fistapruner.runs.records import Evaluation, Perplexity, TaskResult, is_run, load_run
-from speeds import in_this_process
+from fistapruner.runtime.show import duration
+from forked import FORKS
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CALIBRATION = {"source": "python", "samples": 4, "seqlen": 32}
@@ -46,27 +43,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("measured"))
 
 
-def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, cli: tiny.Cli) -> None:
     """The same again takes its place; other windows stand beside it."""
     run, text = made / "run", str(made / "text.txt")
     assert is_run(run)
     assert not is_run(run / "model")
-    assert main(["evaluate", str(run), "--data", text, "--seqlen", "16", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(cli("evaluate", run, "--data", text, "--seqlen", "16", "--json").out)
     alone = fp.evaluate(made / "dense", text, seqlen=16).perplexity
     assert printed["reference"]["perplexity"] == alone.perplexity
     kept = json.loads((run / "report.json").read_text())["evaluations"]
     assert kept == [printed]
     figure = f"{printed['perplexity']['perplexity']:.2f}"
     assert figure in (run / "model" / "README.md").read_text()
-    if (run / "report.html").exists():  # the extra 'report' may not be installed
-        assert figure in (run / "report.html").read_text()
+    assert figure in (run / "report.html").read_text()
     fp.evaluate(run, text, seqlen=16, windows=2)
     fp.evaluate(run, text, seqlen=16)
     report = load_run(run)
     windows = [evaluation.perplexity.windows for evaluation in report.evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
-    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]  # type: ignore[union-attr]
+    assert report.lineage.stages[-1].figures.perplexity.windows == windows[0]
 
 
 def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: Path) -> None:
@@ -74,7 +69,8 @@ def test_the_time_of_a_run_has_its_evaluation_and_samples(made: Path, tmp_path: 
     report = fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
     split = load_run(tmp_path / "run").totals.time_split
     assert {"calibration", "sensitivity", "evaluation", "samples"} <= split.keys()
-    assert report.totals.seconds_in_all == report.totals.seconds + split["evaluation"] + split["samples"]  # type: ignore[operator]
+    whole = report.totals.seconds + split["evaluation"] + split["samples"]
+    assert cost_facts(report)[0].after == duration(whole)
     fp.prune(made / "dense", tmp_path / "run", evaluate=made / "text.txt", **asked)
     assert load_run(tmp_path / "run").totals.time_split == split
 
@@ -102,9 +98,7 @@ def test_text_that_was_seen_before_is_told(made: Path, tmp_path: Path) -> None:
     assert [told in warning for warning in found.warnings] == [True]
 
 
-def test_text_of_calibration_and_training_is_told_of_a_recovery(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_of_calibration_and_training_is_told_of_a_recovery(made: Path, tmp_path: Path, cli: tiny.Cli) -> None:
     """In its report, and in what its command prints as JSON."""
     text, trained = tmp_path / "text.jsonl", tmp_path / "trained.jsonl"
     for file, word in ((text, "best"), (trained, "worst")):
@@ -115,9 +109,8 @@ def test_text_of_calibration_and_training_is_told_of_a_recovery(
     fp.prune(made / "dense", tmp_path / "run", method="magnitude", calibration=calibration)
     fp.recover(tmp_path / "run", tmp_path / "recovered", evaluate=None, **following)
     for file, told in ((text, "calibration"), (trained, "training")):
-        command = ["evaluate", str(tmp_path / "recovered"), "--data", str(file), "--windows", "2", "--json"]
-        assert main([*command, "--seqlen", "16"]) == 0
-        (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+        command = ["evaluate", tmp_path / "recovered", "--data", file, "--windows", "2", "--json", "--seqlen", "16"]
+        (warning,) = json.loads(cli(*command).out)["warnings"]
         assert f"documents of the evaluation text {str(file)!r} are also in the {told} text" in warning
     told = [warning.partition(" documents")[0] for warning in load_run(tmp_path / "recovered").warnings]
     assert told == ["40 of the 40", "40 of the 40"]
@@ -136,17 +129,17 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
     run, recovered = folder / "run", folder / "recovered"
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=24, windows=3))
     report = load_run(recovered)
-    (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
+    (after,), (before,) = report.evaluations, report.recovery.before
     for found, model in ((after, recovered / "model"), (before, run / "model")):
         alone = fp.evaluate(model, text, seqlen=24, windows=3, against=folder / "dense")
         assert (found.perplexity, found.reference) == (alone.perplexity, alone.reference)
     assert after.perplexity != before.perplexity
-    assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())  # type: ignore
+    assert report.lineage.stages[-1].figures.perplexity == replace(after.perplexity, window_nlls=())
     known = fp.evaluate(run, text, seqlen=20, windows=4)
     assert not any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=4))
-    assert load_run(recovered).recovery.before == [before, known]  # type: ignore[union-attr]
+    assert load_run(recovered).recovery.before == [before, known]
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=20, windows=2))
-    assert len(load_run(recovered).recovery.before) == 3  # type: ignore[union-attr]
+    assert len(load_run(recovered).recovery.before) == 3
     # The input's run was made again since, with another result.
     fp.evaluate(run, text, seqlen=16, windows=6)
     content = json.loads((run / "report.json").read_text())
@@ -154,22 +147,19 @@ def test_a_recovery_is_measured_beside_its_input(tmp_path: Path) -> None:
     assert any("before recovery" in line for line in evaluated(recovered, text, seqlen=16, windows=6))
 
 
-def test_scores_before_recovery_are_those_that_the_input_s_run_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the same items only; lm-eval may not be installed."""
-    folder, module = make(tmp_path), importlib.import_module("fistapruner.measure.evaluate")
+def test_scores_before_recovery_are_those_that_the_input_s_run_has(tmp_path: Path, tasks: Mock) -> None:
+    """On the same items only."""
+    folder = make(tmp_path)
     run, recovered = folder / "run", folder / "recovered"
     scores = {run / "model": TASKS[0], recovered / "model": replace(TASKS[0], value=0.6)}
-    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda folders, *_, **__: (scores[folders[0]],))
+    tasks.side_effect = lambda folders, *_, **__: (scores[folders[0]],)
     for target in (run, recovered):
         fp.evaluate(target, tasks="piqa")
     assert "| 50.0 ± 10.0 | 60.0 ± 10.0 |" in (recovered / "model" / "README.md").read_text()
     scores[recovered / "model"] = replace(TASKS[0], items=20)
     fp.evaluate(recovered, tasks="piqa")
     report = load_run(recovered)
-    assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]  # type: ignore[union-attr]
+    assert [each.tasks for each in report.recovery.before] == [TASKS[:1]]
     assert quality_facts(report)[-1].before == ""
 
 
@@ -183,76 +173,47 @@ def test_a_run_is_compared_with_its_own_dense_model_only(made: Path, tmp_path: P
     assert fp.evaluate(folder, text, seqlen=16, windows=3, against=again) in load_run(folder).evaluations
 
 
-def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(tmp_path: Path, cli: tiny.Cli) -> None:
     """It is refused where it is the default; another can be named."""
     folder, text = make(tmp_path), str(tmp_path / "text.txt")
     dense, run = folder / "dense", folder / "run"
     same = dense.rename(tmp_path / "elsewhere")
-    command = ["evaluate", str(run), "--data", text, "--seqlen", "16", "--windows", "2", "--quiet"]
-    assert main(command) == 2
-    assert "--against" in capsys.readouterr().err
-    assert main([*command, "--against", str(same)]) == 0
+    command = ["evaluate", run, "--data", text, "--seqlen", "16", "--windows", "2", "--quiet"]
+    assert "--against" in cli(*command, status=2).err
+    cli(*command, "--against", same)
     tiny.save("llama", dense, dtype=torch.bfloat16, num_hidden_layers=2, seed=5)
     with pytest.raises(FistaPrunerError, match=r"dense/model\.safetensors has changed: .* name its .* with --against"):
         fp.evaluate(run, text, seqlen=16, windows=2)
     assert fp.evaluate(run, text, seqlen=16, windows=2, against=same).reference is not None
 
 
-class Stopping(Listener):
-    """Interrupt a run when it begins to train."""
-
-    def say(self, message: str) -> None:
-        if "what is held out" in message:
-            raise KeyboardInterrupt
-
-
 def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(tmp_path: Path) -> None:
     folder, text = make(tmp_path), str(tmp_path / "text.txt")
     fp.evaluate(folder / "recovered", text, seqlen=16, windows=2)
-    before = load_run(folder / "recovered").recovery.before  # type: ignore[union-attr]
+    before = load_run(folder / "recovered").recovery.before
     assert len(before) == 1
     shutil.rmtree(folder / "recovered" / "model")
     again = fp.recover(folder / "run", folder / "recovered", **TRAINING)
-    assert again.recovery.before == before  # type: ignore[union-attr]
+    assert again.recovery.before == before
     assert "| before | recovered |" in (folder / "recovered" / "model" / "README.md").read_text()
 
 
 def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "recovered"
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
+        fp.recover(made / "run", out, listener=tiny.StopsAt("what is held out"), **TRAINING)
     (out / "report.json").write_text(load_run(out).model_copy(update={"status": "failed"}).model_dump_json())
     with pytest.raises(KeyboardInterrupt):
-        fp.recover(made / "run", out, listener=Stopping(), **TRAINING)
+        fp.recover(made / "run", out, listener=tiny.StopsAt("what is held out"), **TRAINING)
     assert load_run(out).status == "running"
 
 
 @pytest.mark.parametrize("of_run", [True, False])
-def test_a_perplexity_outlives_tasks_that_fail(
-    made: Path, of_run: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*arguments: Any, **settings: Any) -> None:
-        raise OSError("the hub is down")
-
-    for name, content in (
-        ("lm_eval", {"simple_evaluate": failing}),
-        (
-            "lm_eval.tasks",
-            {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["boolq"], load=lambda _: {"tasks": {}})},
-        ),
-        ("lm_eval.models", {}),
-        ("lm_eval.models.huggingface", {"HFLM": SimpleNamespace}),
-    ):  # a stand-in for lm-eval, installed or not
-        module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+def test_a_perplexity_outlives_tasks_that_fail(made: Path, of_run: bool, cli: tiny.Cli, tasks: Mock) -> None:
+    tasks.side_effect = FistaPrunerError("the hub is down")
     target = made / "run" if of_run else made / "dense"
-    command = ["evaluate", str(target), "--data", str(made / "text.txt"), "--seqlen", "16", "--windows", "3", "--quiet"]
-    assert main([*command, "--tasks", "boolq"]) == 2
-    printed = capsys.readouterr()
+    command = ["evaluate", target, "--data", made / "text.txt", "--seqlen", "16", "--windows", "3", "--quiet"]
+    printed = cli(*command, "--tasks", "boolq", status=2)
     assert "the hub is down" in printed.err
     if of_run:
         assert 3 in [each.perplexity.windows for each in load_run(target).evaluations if each.perplexity]
@@ -260,10 +221,11 @@ def test_a_perplexity_outlives_tasks_that_fail(
         assert "perplexity" in printed.out
 
 
-def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
+def test_speed_of_a_run_is_kept_with_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.measure.speed.get_context", lambda *_: FORKS)
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
-    found = fp.bench(run, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    found = fp.bench(run, prompt=4, tokens=3, runs=1)
     printed = json.loads(json.dumps(found.to_json()))
     report = load_run(run)
     assert {key: report.speed[key] for key in printed} == printed
@@ -274,15 +236,13 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     assert "Compressed checkpoint" in card
 
 
-def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, cli: tiny.Cli) -> None:
     with hold(made / "run"):
-        assert main(["bench", str(made / "run")]) == 2
-    assert "is in use by process" in capsys.readouterr().err
+        assert "is in use by process" in cli("bench", made / "run", status=2).err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text((made / "run" / "run.json").read_text())
     for verb in ("evaluate", "bench"):
-        assert main([verb, str(tmp_path / "run")]) == 2
-        assert "has no finished checkpoint" in capsys.readouterr().err
+        assert "has no finished checkpoint" in cli(verb, tmp_path / "run", status=2).err
 
 
 PERPLEXITY = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")

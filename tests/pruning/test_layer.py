@@ -18,7 +18,7 @@ from fistapruner.core.constraints import stack
 from fistapruner.core.problem import unweighted
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
-from fistapruner.models.operators import Layout, Operator, discover
+from fistapruner.models.operators import Layout, discover
 from fistapruner.passes.store import HiddenStates, scratch_factory
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.context import LayerContext, LayerMeasures, LayerStreams
@@ -44,18 +44,19 @@ def stream(
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
     layout = discover(skeleton)
     tokens = calibration()
-    shape = (SAMPLES, SEQLEN, skeleton.width)
-    dense: HiddenStates | None = HiddenStates(shape, skeleton.dtype)
+
+    def states(windows: int, name: str | None = None) -> HiddenStates:
+        file = scratch / name if scratch and name else None
+        return HiddenStates((windows, SEQLEN, skeleton.width), skeleton.dtype, file)
+
+    dense, pruned = states(SAMPLES), None
     with skeleton.embeddings_and_head():
         calls = Calls.of(skeleton, SAMPLES, SEQLEN, BATCH)
         for start, stop in calls.batches(SAMPLES):
-            assert dense is not None
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
-    pruned: HiddenStates | None = None
     beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise)
     if beside < SAMPLES:
-        dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
-        assert pruned is not None
+        dense, pruned = states(beside), dense
         dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
     store = scratch_factory(scratch, skeleton.dtype)
@@ -63,17 +64,13 @@ def stream(
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
-        keep_dense = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
-        streams = LayerStreams(
-            dense,
-            pruned,
-            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}")
-            if keep_dense
-            else None,
-            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}")
-            if more and recipe.propagate == "pruned"
-            else None,
+        dense_on = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
+        pruned_on = more and recipe.propagate == "pruned"
+        onward = (
+            states(beside, f"d{index}") if dense_on else None,
+            states(SAMPLES, f"p{index}") if pruned_on else None,
         )
+        streams = LayerStreams(dense, pruned, *onward)
         result = prune_layer(context, index, streams, measures, inspect=inspect)
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out
@@ -90,45 +87,37 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     context = LayerContext(skeleton, layout, recipe, {}, scratch=scratch_factory(None, skeleton.dtype))
 
-    def inputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
-        seen: list[Tensor] = []
-        handle = model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].detach().clone())
-        )
+    def recorded(model: Any, start: int, stop: int, *modules: tuple[str, bool]) -> list[Tensor]:
+        """The inputs (or the outputs, where True) of modules in a forward pass of some windows."""
+        found: dict[int, Tensor] = {}
+        handles = []
+        for number, (name, output) in enumerate(modules):
+            module = model.get_submodule(name)
+            if output:
+                hook = module.register_forward_hook(lambda _, __, out, at=number: found.update({at: out.clone()}))
+            else:
+                hook = module.register_forward_pre_hook(lambda _, args, at=number: found.update({at: args[0].clone()}))
+            handles.append(hook)
         with torch.no_grad():
             model(tokens[start:stop])
-        handle.remove()
-        return seen[0].flatten(0, 1)
+        for handle in handles:
+            handle.remove()
+        return [found[number].flatten(0, 1) for number in range(len(modules))]
+
+    def inputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
+        return recorded(model, start, stop, (name, False))[0]
 
     def outputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
-        seen: list[Tensor] = []
-        handle = model.get_submodule(name).register_forward_hook(
-            lambda _, __, output: seen.append(output.detach().clone())
-        )
-        with torch.no_grad():
-            model(tokens[start:stop])
-        handle.remove()
-        bias = model.get_submodule(name).bias
-        return seen[0].flatten(0, 1) if bias is None else seen[0].flatten(0, 1) - bias.detach()
+        bias, output = model.get_submodule(name).bias, recorded(model, start, stop, (name, True))[0]
+        return output if bias is None else output - bias.detach()
 
     of_dense = {"inputs": inputs_of, "outputs": outputs_of}
 
     def added_to(model: Any, index: int, name: str, start: int, stop: int) -> Tensor:
         """What operator ``name`` of a layer adds its output to."""
-        layer = model.get_submodule(f"{layout.layers_name}.{index}")
-        hidden: list[Tensor] = []
-        first: list[Tensor] = []
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].detach().clone())),
-            layer.get_submodule(adding[0]).register_forward_hook(
-                lambda _, __, output: first.append(output.detach().clone())
-            ),
-        ]
-        with torch.no_grad():
-            model(tokens[start:stop])
-        for handle in handles:
-            handle.remove()
-        return (hidden[0] if name == adding[0] else hidden[0] + first[0]).flatten(0, 1)
+        layer = f"{layout.layers_name}.{index}"
+        hidden, first = recorded(model, start, stop, (layer, False), (f"{layer}.{adding[0]}", True))
+        return hidden if name == adding[0] else hidden + first
 
     def drift(index: int, name: str, start: int, stop: int) -> Tensor | None:
         if (
@@ -165,7 +154,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                         seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop)
                     )
             rows = [operator.rows for operator in group]
-            solution = solve(sums.problem(target=recipe.dense_share), stack(recipe.pattern, rows), recipe.steps)
+            solution = solve(sums.problem(target=recipe.dense_share), stack(recipe.sparsity, rows), recipe.method)
             for operator, name, part in zip(group, names, solution.weight.split(rows), strict=True):
                 operator.weight(pruned.get_submodule(f"{layout.layers_name}.{index}")).data.copy_(part)
                 weights[f"{name}.weight"] = pruned.get_submodule(name).weight.detach().clone()
@@ -221,14 +210,9 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
     tokens = PruneDirectory(tmp_path / "run").tokens()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
     dense.model.layers[0].load_state_dict(pruned.model.layers[0].state_dict())
-    inputs: dict[str, Tensor] = {}
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        operator = dense.model.layers[1].get_submodule(name)
-        operator.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1)))
-    with torch.no_grad():
-        dense(tokens)
-    for group, x in enumerate(inputs.values()):
-        torch.testing.assert_close(seen[1, group].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    for group, name in enumerate(("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")):
+        x = tiny.inputs_of(dense, f"model.layers.1.{name}", tokens)
+        torch.testing.assert_close(seen[1, group].gram.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
         assert seen[1, group].drift is None
 
 
@@ -247,21 +231,6 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
         prune(str(folder), tmp_path / "parts", recipe=recipe, listener=tiny.Stops(2))
     prune(str(folder), tmp_path / "parts", recipe=recipe)
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-
-
-def test_windows_of_the_dense_model() -> None:
-    """As many as keep the noise they add small: about half of 128 windows of 1,024 tokens for 1,536 inputs, more for
-    wider operators."""
-
-    def windows(columns: int, samples: int, seqlen: int, **settings: Any) -> int:
-        layout = Layout("layers", (((Operator("down", 8, columns, False),),),), ((),), ({},))
-        return dense_windows(Recipe.build(settings).resolved(), layout, samples, seqlen, 2)
-
-    assert windows(1536, 128, 1024) == 78
-    assert windows(11008, 128, 2048) > 100
-    assert windows(1536, 4, 64) == 4
-    for settings in ({"reconstruct": 1}, {"propagate": "dense"}, {"dense_target": "pruned"}):
-        assert windows(1536, 128, 1024, **settings) == 128
 
 
 def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:
@@ -294,12 +263,11 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("match", [2])
 def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
-    tmp_path: Path, stored: torch.dtype, match: int
+    tmp_path: Path, stored: torch.dtype
 ) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    recipe = Recipe.build({"method": "sparsegpt", "reconstruct": match})
+    recipe = Recipe.build({"method": "sparsegpt", "reconstruct": 2})
     for name, tensor in stream(folder, recipe, None, dtype=torch.float32).items():
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
@@ -335,11 +303,10 @@ def test_weights_that_stay_keep_every_bit(tmp_path: Path, settings: dict[str, An
             assert torch.equal(before[after != 0], after[after != 0]), name
 
 
-@pytest.mark.parametrize("method", ["sparsegpt"])
-def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> None:
+def test_rows_are_weighted_by_their_importance(tmp_path: Path) -> None:
     """Each operator's rows by its own weights, so that important rows keep more."""
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    recipe = Recipe.build({"method": method, "sparsity": "50%", "reconstruct": 0}).resolved()
+    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", "reconstruct": 0}).resolved()
     operators = dict(discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))).operators())
     generator = torch.Generator().manual_seed(3)
     importance = {name: (2 * torch.randn(each.rows, generator=generator)).exp() for name, each in operators.items()}
@@ -354,7 +321,7 @@ def test_rows_are_weighted_by_their_importance(tmp_path: Path, method: str) -> N
     assert [problem.name for problem in problems] == list(importance)
     for problem in problems:
         name, rows = problem.name, importance[problem.name]
-        expected = unweighted(solve(problem.weighted(rows), recipe.pattern, recipe.steps).weight, rows)
+        expected = unweighted(solve(problem.weighted(rows), recipe.sparsity, recipe.method).weight, rows)
         found = weights[f"{name}.weight"]
         assert torch.equal(found == 0, expected == 0), name
         torch.testing.assert_close(found, expected)

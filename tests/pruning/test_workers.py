@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pruning.run import prune, resume
 from fistapruner.pruning.workers import room_for_workers
 from fistapruner.runs.log import Listener
+from forked import FORKS
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -42,30 +42,23 @@ def expected(model: Path) -> dict[str, bytes]:
     return tiny.weights(out)
 
 
-def prune_command(model: Path, out: Path) -> list[str]:
-    """A run with the same settings in a process of its own."""
-    settings = (
-        "--method sparsegpt --set residual=correct --calibration python --samples 6 --seqlen 24 "
-        "--set execution.threads=1 --evaluate none"
-    )
-    return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
+PROCESSES: dict[str, Any] = {"executor": "process", "workers": 2, "threads": 1}
 
 
 def test_workers_end_with_the_run(model: Path, tmp_path: Path) -> None:
     """Also where it is killed and can end nothing."""
-    command = prune_command(model, tmp_path / "run")
-    command += ["--set", "execution.executor=process", "--set", "execution.workers=2", "--set", "propagate=dense"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        children: list[psutil.Process] = []
-        while len(children) < 2:
-            assert run.poll() is None
-            found = psutil.Process(run.pid).children()
-            with suppress(psutil.Error):  # one that has just ended
-                children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
-            time.sleep(0.01)
-        run.kill()
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive
+    run = FORKS.Process(target=prune, args=(str(model), tmp_path / "run"), kwargs={**SETTINGS, "execution": PROCESSES})
+    run.start()
+    children: list[psutil.Process] = []
+    while len(children) < 2:
+        assert run.is_alive()
+        found = psutil.Process(run.pid).children()
+        with suppress(psutil.Error):  # one that has just ended
+            children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.01)
+    run.kill()
+    _, alive = psutil.wait_procs(children, timeout=300)
+    assert not alive
 
 
 def test_two_processes(
@@ -80,13 +73,7 @@ def test_two_processes(
         def layer(self, entry: Any) -> None:
             seen.append(entry.index)
 
-    prune(
-        str(model),
-        tmp_path / "run",
-        **SETTINGS,
-        execution={"executor": "process", "workers": 2, "threads": 1},
-        listener=Seen(),
-    )
+    prune(str(model), tmp_path / "run", **SETTINGS, execution=PROCESSES, listener=Seen())
     assert sorted(seen) == list(range(LAYERS))
     assert tiny.weights(tmp_path / "run") == expected
     assert not (tmp_path / "trace").exists()
@@ -112,33 +99,34 @@ class Deadly:
 
 
 @pytest.mark.parametrize("deaths", [2, 99])
-def test_workers_that_die_are_replaced(model: Path, tmp_path: Path, deaths: int) -> None:
+def test_workers_that_die_are_replaced(
+    model: Path, expected: dict[str, bytes], tmp_path: Path, deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their layers are done again; a layer that kills its workers every time stops the run, which then goes on."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: FORKS)
     log, file, out = tmp_path / "log", tmp_path / "mine.py", tmp_path / "run"
     awaited = log if deaths == 2 else out / "layers" / f"{LAYERS - 1:04d}.json"  # the other worker's layer
     file.write_text(DEADLY.format(log=str(log), deaths=deaths, awaited=str(awaited)))
-    settings = {**SETTINGS, "method": f"{file}:Deadly", "propagate": "dense"}
-    execution = {"executor": "process", "workers": 2, "threads": 1}
+    settings = {**SETTINGS, "method": f"{file}:Deadly"}
     if deaths == 2:
-        prune(str(model), out, **settings, execution=execution)
+        prune(str(model), out, **settings, execution=PROCESSES)
     else:
         with pytest.raises(FistaPrunerError, match=r"layer 3: workers died 3 times.* again with fewer workers"):
-            prune(str(model), out, **settings, execution=execution)
+            prune(str(model), out, **settings, execution=PROCESSES)
         assert len(list((out / "layers").glob("*.json"))) == LAYERS - 1
         log.write_text("died\n" * deaths)
         resume(out)
     assert len(log.read_text().splitlines()) == deaths + 1
     assert not (out / "hidden").exists()
-    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
+    assert tiny.weights(out) == expected
 
 
 def test_layers_that_wait_for_each_other_are_pruned_here(model: Path, tmp_path: Path) -> None:
     """With propagate=pruned, whatever the executor."""
     said, settings = tiny.Said(), {**SETTINGS, "propagate": "pruned"}
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
-    out, execution = tmp_path / "run", {"threads": 1, "executor": "process", "workers": 2}
-    prune(str(model), out, **settings, execution=execution, listener=said)
+    out = tmp_path / "run"
+    prune(str(model), out, **settings, execution=PROCESSES, listener=said)
     assert any("propagate=pruned" in message and "process" in message for message in said.sentences)
     assert not any("worker processes" in message for message in said.sentences)
     assert tiny.weights(out) == tiny.weights(tmp_path / "serial")
@@ -182,19 +170,21 @@ def test_ray_worker_and_head_killed(tmp_path: Path) -> None:
 
     def cut_short(out: Path, workers: int, *names: str) -> int:
         """Kill the first process of each of these names when a layer is done; the exit status of the run."""
-        ray = ("--set", "execution.executor=ray", "--set", f"execution.workers={workers!s}")
-        with subprocess.Popen([*prune_command(model, out), *ray]) as process:
-            victims: dict[str, psutil.Process] = {}  # found before: a search takes as long as several layers
-            while len(victims) < len(names) or not list((out / "layers").glob("*.json")):
-                assert process.poll() is None
-                for child in psutil.Process(process.pid).children(recursive=True) if len(victims) < len(names) else ():
-                    with suppress(psutil.Error, IndexError):
-                        program = child.cmdline()[0].rpartition("/")[2]
-                        victims |= {name: child for name in names if name not in victims and program.startswith(name)}
-                time.sleep(0.01)
-            for victim in victims.values():
-                victim.kill()
-            return process.wait()
+        execution = {"executor": "ray", "workers": workers, "threads": 1}
+        process = FORKS.Process(target=prune, args=(str(model), out), kwargs={**SETTINGS, "execution": execution})
+        process.start()
+        victims: dict[str, psutil.Process] = {}  # found before: a search takes as long as several layers
+        while len(victims) < len(names) or not list((out / "layers").glob("*.json")):
+            assert process.is_alive()
+            for child in psutil.Process(process.pid).children(recursive=True) if len(victims) < len(names) else ():
+                with suppress(psutil.Error, IndexError):
+                    program = child.cmdline()[0].rpartition("/")[2]
+                    victims |= {name: child for name in names if name not in victims and program.startswith(name)}
+            time.sleep(0.01)
+        for victim in victims.values():
+            victim.kill()
+        process.join()
+        return process.exitcode
 
     out = tmp_path / "run"
     assert cut_short(out, 2, "ray::prune_one") == 0

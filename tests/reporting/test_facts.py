@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import samples
 
 from fistapruner.measure.data import Windows
 from fistapruner.measure.logits import perplexity_of
@@ -47,12 +42,6 @@ from fistapruner.runs.records import (
 )
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-
-
-@pytest.fixture(autouse=True)
-def text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without their drawings, which take longer than all else."""
-    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
 
 
 def found(report: Report) -> dict[str, Fact]:
@@ -137,7 +126,6 @@ def test_infinite_figures_are_said_to_be_infinite() -> None:
 def test_a_text_that_was_evaluated_again_stands_once() -> None:
     report = samples.report(2)
     first = report.evaluations[0]
-    assert first.perplexity is not None
     again = replace(first.perplexity, windows=7, seqlen=32, perplexity=47.77)
     report.evaluations.append(replace(first, perplexity=again, tasks=()))
     for text in (summary(report, "run"), run_page(report)):
@@ -264,7 +252,7 @@ def test_the_card_has_what_the_hub_reads() -> None:
     assert (block["base_model"], block["license"]) == (["owner/name"], "apache-2.0")
     assert block["tags"] == ["pruning", "sparsity", "fistapruner", "sparsegpt-fista", "50-percent"]
     assert block["model-index"][0]["results"][0]["metrics"][0]["value"] == 46.53
-    assert report.command in text  # type: ignore[operator]
+    assert report.command in text
     assert "neither smaller nor faster" in text
     block, text = card_parts(samples.recovery())
     assert block["base_model"] == ["owner/small"], "the dense model, not the run that went in"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import samples
 
 from fistapruner.reporting.comparison import comparison_markdown, comparison_page, comparison_table, points
@@ -175,9 +171,7 @@ def test_the_weights_that_a_method_keeps_stand_beside_its_gap() -> None:
 
 def overview(comparison: Comparison) -> list[list[str]]:
     """Rows of the first table of a comparison's page."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("FISTAPRUNER_FIGURES", "0")
-        table = comparison_page(comparison).partition("<tbody")[2].partition("</tbody>")[0]
+    table = comparison_page(comparison).partition("<tbody")[2].partition("</tbody>")[0]
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")[1:]]
 
 
@@ -197,7 +191,6 @@ def test_a_comparison_is_sorted_by_quality_as_text_and_in_markdown() -> None:
     assert " 5.33 % " in lines[-4]
     comparison.rows[0].label = r"wanda@ignore=[re:layers\.[01]\.*mlp*|x]"
     comparison.rows[-1].error = "<b>no</b> memory"
-    assert comparison.dense is not None
     comparison.dense = replace(comparison.dense, data="a*b*.txt")
     text = comparison_markdown(comparison)
     assert r"| wanda@ignore=\[re:layers\\.\[01\]\\.\*mlp\*\|x\] | 50% |" in text

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fistapruner as fp
 import tiny
@@ -21,15 +20,11 @@ from fistapruner.errors import MissingExtraError
     ("call", "message"),
     [
         (lambda: fp.evaluate("m", tasks="a", tasks_dir=3), "tasks_dir: Input is not a valid path"),
-        (lambda: fp.evaluate("m", tasks=3), "tasks: Input should be a valid list"),
-        (lambda: fp.evaluate("m", tasks=["a", 3]), r"tasks\.1: Input should be a valid string \(got 3\)"),
-        (lambda: fp.evaluate("m", "python", dtype=["bf16"]), "dtype: Input should be 'auto', "),
         (lambda: fp.evaluate("run", against=3, tasks="a"), "against is of the class int, and a folder, a file or"),
         (lambda: fp.evaluate("m", "python", windows=True), r"windows: Input should be a valid integer \(got True\)"),
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size: Input should be a valid integer"),
         (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),
         (lambda: fp.export(3, "out.gguf"), "model is of the class int, and the path of a folder is expected"),
-        (lambda: fp.SparseLinear(nn.Linear(8, 8)), "operator is of the class Linear, and a PackedOperator is"),
     ],
 )
 def test_arguments_of_a_wrong_type(call: Callable[[], Any], message: str) -> None:
@@ -48,15 +43,6 @@ def test_a_layer_problem_names_what_is_of_a_wrong_type(name: str, wrong: Any) ->
         fp.LayerProblem(**given)
 
 
-def test_nobody_need_watch_an_evaluation(tmp_path: Path) -> None:
-    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    watched: list[str] = []
-    text: dict[str, Any] = {"seqlen": 16, "windows": 2}
-    watching = fp.evaluate(model, "python", **text, tick=lambda what, done, total: watched.append(what))
-    assert watching.perplexity == fp.evaluate(model, "python", **text).perplexity
-    assert watched
-
-
 @pytest.mark.parametrize("error", [MissingExtraError("ray", "ray", "a pool"), FistaPrunerError("a")])
 def test_errors_are_pickled_with_their_notes(error: FistaPrunerError) -> None:
     """As a pool of processes that calls this library does."""
@@ -71,8 +57,6 @@ def test_a_notebook_shows_a_report_in_a_few_lines(tmp_path: Path) -> None:
     report = fp.prune(dense, tmp_path / "run", method="wanda", calibration=calibration, evaluate=bench.text)
     assert report.totals.operator_zeros
     evaluation = report.evaluations[0]
-    assert evaluation.perplexity is not None
-    assert evaluation.reference is not None
     for figure in (report.totals.operator_zeros, evaluation.perplexity.perplexity, evaluation.reference.perplexity):
         assert str(figure) in repr(report)
     assert len(repr(report)) < 1000

@@ -51,7 +51,6 @@ def test_the_newest_whole_snapshot_of_the_run_is_taken(tmp_path: Path) -> None:
         states.write("run", step, {"best": step / 3}, {"theta": torch.full((3,), float(step)), "empty": torch.ones(0)})
     assert sorted(path.stem for path in states.folder.glob("*.json")) == ["00000002", "00000003"]
     found = states.newest("run")
-    assert found is not None
     assert found.step == 3
     assert found.values == {"best": 1.0}
     assert torch.equal(found.tensors.read("theta"), torch.full((3,), 3.0))
@@ -66,7 +65,6 @@ def test_a_snapshot_without_one_of_its_files_leaves_the_one_before(tmp_path: Pat
         states.write("run", step, {}, {"theta": torch.full((300,), float(step))})
     (states.folder / f"00000008.{suffix}").unlink()
     found = states.newest("run")
-    assert found is not None
     assert found.step == 7
 
 

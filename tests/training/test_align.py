@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.runs.records import Report, load_run
-from tiny import tensors
+from tiny import Bench, tensors
 
 SETTINGS: dict[str, Any] = {
     "evaluate": None,
@@ -28,28 +27,6 @@ SETTINGS: dict[str, Any] = {
     "rank": 4,
     "lr": 1e-3,
 }
-
-
-class Bench(tiny.Bench):
-    """With pairs whose chosen answers no model prefers."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "50%")
-        self.pairs = folder / "pairs.jsonl"
-        write_pairs(self.pairs, 40)
-
-
-def write_pairs(path: Path, count: int) -> None:
-    lines = [
-        {"prompt": f"After {number} comes", "chosen": f" no {number}!", "rejected": f" {number + 1}."}
-        for number in range(count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("align"))
 
 
 def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:
@@ -108,9 +85,7 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert found.test[name].normalised == float((by_token[:, 0] > by_token[:, 1]).double().mean())
     assert bool((counts[:, 0] != counts[:, 1]).any())
     assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
-    assert found.margin is not None
     for error in (found.test["pruned"].normalised_error, found.reward_accuracy_error):
-        assert error is not None
         assert 0 <= error <= 0.5
     assert found.chosen_reward_error is not None
     references = {"pruned": 1.0}
@@ -151,12 +126,6 @@ def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Pa
         )
     tokens = SafetensorsFile(out / "windows.safetensors").read("tokens")
     assert bool((tokens[:, -1] == tokenizer.eos_token_id).any())
-
-
-def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
-    align(bench, tmp_path / "aligned", steps=1)
-    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
-        fp.recover(tmp_path / "aligned", tmp_path / "out", evaluate=None)
 
 
 LOSSES: list[dict[str, Any]] = [
@@ -205,7 +174,7 @@ def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> No
     assert inspect_checkpoint(tmp_path / "out" / "model").violations == []
 
 
-def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, cli: tiny.Cli) -> None:
     """Prune, recover, align, align: each from the run before it, all in the lineage; the verbs read such a run."""
     recovered = tmp_path / "recovered"
     data = {"source": str(bench.text), "seqlen": 16, "tokens": 200}
@@ -214,11 +183,11 @@ def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.Cap
     report = align(bench, tmp_path / "again", tmp_path / "aligned", evaluate=str(bench.text))
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "recover", "align", "align"]
     assert report.evaluations[0].reference is not None
-    assert report.evaluations[0].perplexity is not None
     assert report.recovery.before
-    for verb in (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", str(bench.text)]):
-        assert main([verb[0], str(tmp_path / "again"), *verb[1:]]) == 0, capsys.readouterr()
-    said = capsys.readouterr().out
+    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):  # pairs are no text
+        fp.recover(tmp_path / "again", tmp_path / "out", evaluate=None)
+    verbs = (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", bench.text])
+    said = "".join(cli(verb, tmp_path / "again", *more).out for verb, *more in verbs)
     assert "alignment (lora, dpo" in said
     assert "preference accuracy, %" in said
     card = (tmp_path / "again" / "model" / "README.md").read_text()
@@ -300,9 +269,9 @@ def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path
 def test_any_models_of_the_same_tokens_are_references(bench: Bench, tmp_path: Path) -> None:
     """MRPO with three references, a run and a folder among them; a model of other tokens is refused."""
     other = tiny.save("gpt2", tmp_path / "other")
-    names = (str(bench.pruned("llama", "2:4")), "pruned", str(other))
+    names = (str(bench.pruned("llama", "50%")), "pruned", str(other))
     report = align(bench, tmp_path / "out", loss="harmonic", references=names, weights="per-pair", steps=2)
-    folders = [str(bench.pruned("llama", "2:4") / "model"), str(other)]
+    folders = [str(bench.pruned("llama", "50%") / "model"), str(other)]
     assert list(report.alignment.references) == ["pruned", *folders]
     file = SafetensorsFile(tmp_path / "out" / "references.safetensors")
     assert not torch.equal(file.read(str(other)), file.read("pruned"))

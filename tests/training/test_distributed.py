@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,26 +20,16 @@ from fistapruner.cli import main
 from fistapruner.runs.log import read_steps
 from fistapruner.runs.records import load_run
 from fistapruner.training import masked
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fistapruner.training.run", "transformers.models.llama.modeling_llama", __name__])
+from forked import FORKS
 
 COMMON = ("--evaluate", "none", "--set", "execution.threads=1", "--set", "rank=4", "--quiet")
 RECOVERY = ("--set", "data.seqlen=16", "--tokens", "300", "--steps", "12", "--set", "windows_per_step=4")
 ALIGNMENT = ("--steps", "4", "--set", "pairs_per_step=4", "--lr", "1e-3", "--loss", "geometric", "--set", "anchor=0.1")
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> tiny.Bench:
-    return tiny.Bench(tmp_path_factory.mktemp("distributed"))
-
-
 def command(bench: tiny.Bench, verb: str, out: Path, *more: str) -> list[str]:
-    data = bench.folder / "pairs.jsonl"
-    lines = [{"prompt": f"After {n} comes", "chosen": f" no {n}!", "rejected": f" {n + 1}."} for n in range(40)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = (*RECOVERY, "--data", str(bench.text)) if verb == "recover" else (*ALIGNMENT, "--data", str(data))
-    return [verb, str(bench.pruned()), *settings, *COMMON, *more, "--out", str(out)]
+    settings, data = (RECOVERY, bench.text) if verb == "recover" else (ALIGNMENT, bench.pairs)
+    return [verb, str(bench.pruned()), *settings, "--data", str(data), *COMMON, *more, "--out", str(out)]
 
 
 class Pair:
@@ -91,31 +80,31 @@ def curve(run: Path) -> list[Any]:
     return [[line[key] for key in keys if line.get(key) is not None] for line in read_steps(run / "steps.jsonl")]
 
 
-def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def torchrun(arguments: list[str]) -> str:
+    """Run a pair to its end by the launcher itself; returns what both said."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fistapruner"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return subprocess.check_output([sys.executable, "-m", *launcher, *arguments], env=environment, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: tiny.Bench) -> Path:
+    """A recovery by a pair that nothing happened to."""
+    out = bench.folder / "undisturbed"
+    assert finish(command(bench, "recover", out), bench.folder / "said").count("operators are zero") == 1
+    return out
 
 
 @pytest.mark.parametrize(("verb", "more"), [("recover", ("--parameters", "full")), ("recover", ()), ("align", ())])
 def test_two_processes_have_the_curve_of_one(
-    bench: tiny.Bench, tmp_path: Path, verb: str, more: tuple[str, ...]
+    bench: tiny.Bench, tmp_path: Path, verb: str, more: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
     pair = command(bench, verb, tmp_path / "two", *more)
-    if verb == "align":  # the launcher itself, once
-        done = torchrun(pair)
-        assert not done.returncode, done.stderr
-        said = done.stdout
-    else:
-        said = finish(pair, tmp_path / "said")
-    assert said.count("operators are zero") == 1  # one process speaks
+    if verb == "recover" and not more:
+        shutil.copytree(request.getfixturevalue("undisturbed"), tmp_path / "two")
+    else:  # one process speaks
+        said = torchrun(pair) if verb == "align" else finish(pair, tmp_path / "said")
+        assert said.count("operators are zero") == 1
     assert not main(command(bench, verb, tmp_path / "one", *more))
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
@@ -123,10 +112,9 @@ def test_two_processes_have_the_curve_of_one(
     assert all(bool(((after[name] == 0) == (before[name] == 0)).all()) for name in before if before[name].ndim == 2)
     reports = [load_run(tmp_path / name) for name in ("one", "two")]
     assert reports[0].recovery.trained == reports[1].recovery.trained
-    assert "holds the finished run" not in finish(pair, tmp_path / "again")
 
 
-def test_a_killed_pair_goes_on(bench: tiny.Bench, tmp_path: Path) -> None:
+def test_a_killed_pair_goes_on(bench: tiny.Bench, tmp_path: Path, undisturbed: Path) -> None:
     out = tmp_path / "out"
     pair = Pair(command(bench, "recover", out), tmp_path / "killed")
     while len(list((out / "states").glob("*.json"))) < 2 and pair.processes[0].is_alive():
@@ -135,10 +123,10 @@ def test_a_killed_pair_goes_on(bench: tiny.Bench, tmp_path: Path) -> None:
         each.kill()
     assert pair.finish() == [-signal.SIGKILL, -signal.SIGKILL]
     assert len(curve(out)) >= 1
-    finish(command(bench, "recover", out), tmp_path / "on")
-    finish(command(bench, "recover", tmp_path / "whole"), tmp_path / "said")
-    assert tiny.weights(out) == tiny.weights(tmp_path / "whole")
-    assert curve(out) == curve(tmp_path / "whole")
+    for _ in range(2):  # the second time it is finished
+        assert "holds the finished run" not in finish(command(bench, "recover", out), tmp_path / "on")
+        assert tiny.weights(out) == tiny.weights(undisturbed)
+        assert curve(out) == curve(undisturbed)
 
 
 def second_dies() -> None:
@@ -173,9 +161,3 @@ def test_what_cannot_be_divided_is_refused(
     pair = Pair(command(bench, "recover", tmp_path / "out", *more), tmp_path / "said")
     assert all(pair.finish())
     assert words in pair.said(0)
-
-
-def test_python_is_refused_where_a_launcher_runs_it_for_another_verb(tmp_path: Path) -> None:
-    pair = Pair(["pack", "nothing", str(tmp_path / "out")], tmp_path / "said")
-    assert any(pair.finish())
-    assert any("pack is done by one" in pair.said(rank) for rank in range(2))

@@ -22,6 +22,8 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear
+from forked import FORKS
+from packed.pruned import prune_linears
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
@@ -34,9 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def pruned(architecture: str = "llama", sparsity: str = "50%", seed: int = 0, **changes: Any) -> Any:
     """A model whose decoder layers are pruned."""
     model = tiny.build(architecture, seed=seed, num_hidden_layers=2, **changes)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and ".layers." in name:
-            parameter.data *= parse_sparsity(sparsity).project(parameter.data.abs())
+    prune_linears(model, sparsity)
     return model
 
 
@@ -338,7 +338,12 @@ def parallel_training(rank: int, port: int, folder: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
     port = tiny.free_port()
-    torch.multiprocessing.spawn(parallel_training, (port, tmp_path), nprocs=2)
+    both = [FORKS.Process(target=parallel_training, args=(rank, port, tmp_path)) for rank in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(300)
+    assert [each.exitcode for each in both] == [0, 0]
     whole = pruned(intermediate_size=49)
     before = zeros(whole)
     with fp.hold_mask(whole):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from fistapruner.runtime.numerics import Budgets
-from fistapruner.training.loss import TokenLoss
+from fistapruner.training.loss import token_losses
 
 
 def drawn(seed: int, tokens: int, vocabulary: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,10 +30,10 @@ def test_losses_are_what_torch_computes(seed: int, tokens: int, vocabulary: int,
     for share in (1.0, 0.0, 0.4):
         expected = share * kl + (1 - share) * ce
         (gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
-        value, found = TokenLoss(share).tokens(own, targets, dense, 0.5, budgets)
+        value, found = token_losses(own, targets, dense if share else None, share, 0.5, budgets)
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(2 * found.double(), gradient, rtol=1e-5, atol=1e-6)
-        again, nothing = TokenLoss(share).tokens(own, targets, dense)
+        again, nothing = token_losses(own, targets, dense if share else None, share)
         assert nothing is None
         assert torch.equal(again, value)
 
@@ -44,9 +44,9 @@ def test_tokens_that_the_dense_model_rules_out_do_not_count() -> None:
     dense[:, 8:] = -torch.inf
     targets = targets.clamp_max(7)
     expected = kl_div(own.log_softmax(-1), dense.softmax(-1), reduction="none").nan_to_num(0.0).sum(-1)
-    value, gradient = TokenLoss(1.0).tokens(own, targets, dense, 1.0)
+    value, gradient = token_losses(own, targets, dense, 1.0, 1.0)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient, own.softmax(-1) - dense.softmax(-1))
     own[:, 8:] = -torch.inf  # ruled out by both
-    value, gradient = TokenLoss(0.9).tokens(own, targets, dense, 1.0)
+    value, gradient = token_losses(own, targets, dense, 0.9, 1.0)
     assert bool(value.isfinite().all() and gradient.isfinite().all())

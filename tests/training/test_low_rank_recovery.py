@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -32,30 +29,15 @@ TRAINING: dict[str, Any] = {"steps": 6, "windows_per_step": 2, "rank": 4}
 PARTS = ("model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make a pruning run of an architecture, once."""
-
-    @cache
-    def make(architecture: str) -> Path:
-        folder = tmp_path_factory.mktemp(architecture)
-        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
-        dense = tiny.save(architecture, folder / "dense", **{layers: 2})
-        fp.prune(dense, folder / "run", calibration=TEXT, **PRUNING)
-        return folder / "run"
-
-    return make
-
-
-@pytest.fixture(params=["llama", "gpt2"])
-def pruned(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> Path:
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def pruned(request: pytest.FixtureRequest, bench: tiny.Bench) -> Path:
     """A pruning run; GPT-2 stores its matrices transposed."""
-    return runs(request.param)
+    run = bench.folder / f"{request.param} with a low-rank part"
+    fp.prune(bench.dense(request.param), run, calibration=TEXT, **PRUNING)
+    return run
 
 
-@pytest.fixture
-def llama(runs: Callable[[str], Path]) -> Path:
-    return runs("llama")
+llama = pytest.mark.parametrize("pruned", ["llama"], indirect=True)
 
 
 def recover(run: Path, out: Path, **settings: Any) -> Report:
@@ -110,9 +92,10 @@ def test_the_sparse_part_is_trained_beside_it(pruned: Path, tmp_path: Path, para
     assert "PeftModel.from_pretrained" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
-def test_a_run_that_goes_on_has_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+@llama
+def test_a_run_that_goes_on_has_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
     """From the state in the middle."""
-    recover(llama, tmp_path / "whole")
+    recover(pruned, tmp_path / "whole")
     out = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
     for name in ("report.json", "model.json"):
         (out / name).unlink()
@@ -123,8 +106,9 @@ def test_a_run_that_goes_on_has_the_same_bytes(llama: Path, tmp_path: Path) -> N
     assert results(out) == results(tmp_path / "whole")
 
 
-def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(llama, tmp_path / "run"))
+@llama
+def test_a_run_whose_low_rank_part_was_exchanged_is_refused(pruned: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(pruned, tmp_path / "run"))
     recover(run, tmp_path / "out")
     for name in ("report.json", "model.json"):
         (tmp_path / "out" / name).unlink()
@@ -135,23 +119,9 @@ def test_a_run_whose_low_rank_part_was_exchanged_is_refused(llama: Path, tmp_pat
         recover(run, tmp_path / "out")
 
 
-def test_a_dense_model_with_a_low_rank_part_is_refused(llama: Path, tmp_path: Path) -> None:
+@llama
+def test_a_dense_model_with_a_low_rank_part_is_refused(bench: tiny.Bench, pruned: Path, tmp_path: Path) -> None:
     """Its predictions would be those of its sparse part alone."""
-    fp.prune(llama.parent / "dense", tmp_path / "run", calibration=TEXT, sparsity="2:4", method="wanda")
     with pytest.raises(FistaPrunerError, match="which --dense would leave out: give --dense the dense model that"):
-        recover(tmp_path / "run", tmp_path / "out", dense=llama / "model")
+        recover(bench.pruned(), tmp_path / "out", dense=pruned / "model")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_peft_loads_the_result(pruned: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    recover(pruned, tmp_path / "out", parameters="full")
-    model = opened(tmp_path / "out")
-    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
-    merged = peft.PeftModel.from_pretrained(sparse, tmp_path / "out" / "adapter").merge_and_unload()
-    for index in range(len(model)):
-        with model.layer(index) as layer:
-            for name, parameter in layer.named_parameters():
-                theirs = merged.get_parameter(f"{model.layers_name}.{index}.{name}")
-                assert torch.allclose(parameter, theirs, atol=1e-5), name

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 import tiny
 from fistapruner.models.operators import discover
 from fistapruner.papers.spp import Spp
-from fistapruner.settings.align import AlignRecipe
 from fistapruner.settings.train import RecoverRecipe
-from fistapruner.training.loss import Objective, TokenLoss
-from fistapruner.training.masked import SHARE, Form, Lora, Masters, Trained, first_rate
+from fistapruner.training.loss import Objective
+from fistapruner.training.masked import Form, Lora, Masters, Trained
 
 FORMS: dict[str, Form] = {"full": Form(), "lora": Lora(3, 2.0), "spp": Spp(3, 2.0)}
 
@@ -109,27 +108,12 @@ def test_a_step_is_torchs_adamw_on_survivors() -> None:
     assert torch.equal(ours, before)
 
 
-def test_learning_rates() -> None:
-    lora, vector = Lora(16, 2.0), torch.tensor([3.0, 0.0, 4.0])
-    size, rate = (25 / 2) ** 0.5, lora.rate(64)
-    auto = RecoverRecipe.build({})
-    assert first_rate(auto, rate, rate, matrix(2, 2)) == 2e-3
-    assert first_rate(auto, None, rate, vector) == pytest.approx(SHARE * size)
-    assert first_rate(AlignRecipe.build({}), rate, rate, vector) == pytest.approx(1e-4)
-    given_rate = RecoverRecipe.build({"lr": 4e-3})
-    assert first_rate(given_rate, rate, rate, vector) == 4e-3
-    assert first_rate(given_rate, None, rate, vector) == pytest.approx(2 * SHARE * size)
-    share = RecoverRecipe.build({"parameters": "full", "lr": 0.01})
-    assert first_rate(share, Form().rate(64), None, vector) == pytest.approx(0.01 * size)
-    assert Spp(16, 2.0).rate(576) == pytest.approx(4e-4 * 24)
-
-
 def test_training_in_bf16_lowers_the_loss(tmp_path: Path) -> None:
     model = opened(tiny.save("llama", tmp_path / "model", num_hidden_layers=2), torch.bfloat16)
     text = make_text()
     with model.resident():
         trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full", "lr": 0.02}))
-        objective = Objective(model, trained.run, text, TokenLoss(0.0), None, 2)
+        objective = Objective(model, trained.run, text, 0.0, None, 2)
         losses = []
         for _ in range(6):
             losses.append(objective.backward([0, 1, 2, 3]))

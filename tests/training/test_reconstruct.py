@@ -19,7 +19,7 @@ from fistapruner.passes.store import HiddenStates
 from fistapruner.passes.stream import Calls
 from fistapruner.pruning.run import prune
 from fistapruner.runs.log import Listener
-from fistapruner.training.reconstruct import BlockLoss, ReconstructionSettings, reconstruct_layer
+from fistapruner.training.reconstruct import BlockLoss, reconstruct_layer
 from tiny import tensors
 
 SETTINGS: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> N
 
 
 def reconstructed(
-    folder: Path, settings: ReconstructionSettings
+    folder: Path, steps: int, rate: float
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Match the first layer of a model without half of its operators' weights; also its tensors before and after."""
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
@@ -108,12 +108,12 @@ def reconstructed(
                 weight = operator.weight(layer)
                 weight[weight.abs() < weight.abs().median()] = 0
         before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-        result = reconstruct_layer(model, 0, layout.layers[0], inputs, wanted, calls, settings)
+        result = reconstruct_layer(model, 0, layout.layers[0], inputs, wanted, calls, {}, None, steps, rate=rate)
         return *result, before, {name: parameter.clone() for name, parameter in layer.named_parameters()}
 
 
 def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
-    found = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=16, rate=30.0))
+    found = reconstructed(tiny.save("llama", tmp_path), steps=16, rate=30.0)
     weights, record, before, after = found
     assert record["kept_step"] == 0
     assert record["steps"] < 16
@@ -122,7 +122,7 @@ def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
-    found = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=64, rate=0.3))
+    found = reconstructed(tiny.save("llama", tmp_path), steps=64, rate=0.3)
     weights, record, before, after = found
     assert record["held_out_after"] < record["held_out_before"]
     assert weights.keys() == {f"model.layers.0.{name}" for name in before}

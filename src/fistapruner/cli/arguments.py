@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
@@ -201,10 +202,7 @@ def show(result: Any, arguments: argparse.Namespace) -> None:
     hide_progress(arguments)
     text = str(result)
     if getattr(arguments, "json", False):
-        if hasattr(result, "model_dump"):
-            values = result.model_dump(mode="json")
-        else:
-            values = result.to_dict() if hasattr(result, "to_dict") else result.to_json()
+        values = result.to_json() if hasattr(result, "to_json") else TypeAdapter(Any).dump_python(result, mode="json")
         text = json.dumps(finite(values), indent=2)
     error = write(text, sys.stdout)
     if error is not None and error.errno not in (errno.EPIPE, errno.EIO):  # its reader has left, or the terminal

@@ -15,6 +15,7 @@ from ..models.low_rank import LowRankAdapter
 from ..models.record import FILES
 from ..models.safetensors import TensorEntry
 from ..runtime.files import sha256_file
+from ..runtime.show import shell_line
 from .format import OperatorSpec, PackedOperator, damaged, decode, operator_fault, read_specs, require_version
 
 
@@ -23,9 +24,10 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(path_text("folder", folder, A_FOLDER)) / PACKED_RECORD).is_file()
 
 
-def low_rank_part(folder: Path) -> LowRankAdapter | None:
-    """Open the low-rank part of a model folder, packed or ordinary; None where it has none."""
-    return PackedCheckpoint(folder, verify=False).low_rank if is_packed(folder) else LowRankAdapter.beside(folder)
+def refuse_packed(folder: Path) -> None:
+    """Refuse a packed folder where a checkpoint is needed."""
+    if is_packed(folder):
+        raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
 
 
 class PackedCheckpoint:
@@ -54,9 +56,9 @@ class PackedCheckpoint:
                 "a packed one on the hub, of which transformers leaves that file out"
             )
         about = read_json_in(self.folder, PACKED_RECORD)
-        if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
+        if about.get("format") != "fistapruner-packed":
             raise damaged(self.folder / PACKED_RECORD, "it does not describe a packed checkpoint")
-        require_version(about["version"], str(self.folder))
+        require_version(about.get("version"), str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
         self.low_rank = LowRankAdapter.beside(self.folder, self.record)

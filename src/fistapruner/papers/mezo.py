@@ -87,7 +87,7 @@ class ForwardOnly:
         pruned = {f"{name}.weight" for name, _ in layout.operators()}
         self.weights = {name: each for name, each in model.model.named_parameters() if each.is_floating_point()}
         self.pruned = pruned & set(self.weights)
-        self.rates = dict.fromkeys(self.weights, rate)
+        self.rates, self.run = dict.fromkeys(self.weights, rate), model.run
 
     def of_layer(self, index: int) -> dict[str, str]:
         """Return the names of a decoder layer's weights inside it, by their names in the model."""

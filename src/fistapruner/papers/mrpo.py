@@ -33,7 +33,6 @@ known when this was written: its text could not be read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -58,56 +57,31 @@ def preference_losses(margin: Tensor, margins: Tensor, weights: Tensor, beta: fl
     return (weights * -logsigmoid(beta * (margin - margins))).sum(0)
 
 
-@dataclass(frozen=True)
-class Preference:
-    """What the loss of pairs compares a model with.
-
-    Args:
-        margins: (K, pairs) of the references; ``weights``: of each, their sum over K is 1.
-        beta: strength of the references.
-    """
-
-    margins: Tensor
-    weights: Tensor
-    beta: float
-
-    def losses(self, margin: Tensor, pairs: list[int]) -> Tensor:
-        """Compute the (pairs,) losses of a model with so large a margin on these pairs."""
-        return preference_losses(margin, self.margins[:, pairs], self.weights[:, pairs], self.beta)
-
-
-def reference_margins(
-    kind: PreferenceLoss, references: Tensor, weights: Tensor, clip: float | None = None
-) -> tuple[Tensor, Tensor]:
+def reference_margins(kind: PreferenceLoss, references: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Turn the log-probabilities of references into what :func:`preference_losses` takes.
 
     Args:
         kind: how they are combined.
         references: (K, pairs, 2) summed log-probabilities of the chosen and the rejected answers, fp64.
         weights: (K, pairs) a.
-        clip: eta of :func:`clipped`, of the harmonic mean only; None does not clip.
 
     Returns:
         Margins and weights, (K, pairs) of multi-dpo, (1, pairs) of the others.
     """
     if kind == "multi-dpo":
         return margins_of(references), weights
-    mixed = virtual_reference(kind, references, weights, clip)
+    mixed = virtual_reference(kind, references, weights)
     return margins_of(mixed)[None], torch.ones_like(weights[:1])
 
 
-def virtual_reference(kind: PreferenceLoss, references: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
+def virtual_reference(kind: PreferenceLoss, references: Tensor, weights: Tensor) -> Tensor:
     """Return the (pairs, 2) log-probabilities of the one reference that several are combined to.
 
     multi-dpo has none; its margin is the mean of its references' margins. As :func:`reference_margins`.
     """
     if kind == "dpo":
-        if len(references) != 1:
-            raise ValueError(f"dpo has one reference, not {len(references)}")
         return references[0]
-    if kind == "harmonic":
-        return harmonic_mean(references if clip is None else clipped(references, clip), weights)
-    return geometric_mean(references, weights)
+    return harmonic_mean(references, weights) if kind == "harmonic" else geometric_mean(references, weights)
 
 
 def margins_of(log_probabilities: Tensor) -> Tensor:

@@ -127,8 +127,7 @@ class LayerMeasures:
     """Measures of one decoder layer of the dense model (:mod:`fistapruner.allocate.measure`).
 
     Args:
-        metric: metric of output errors in block reconstruction
-            (:class:`~fistapruner.training.reconstruct.ReconstructionSettings`).
+        metric: metric of output errors in block reconstruction (:mod:`fistapruner.training.reconstruct`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
         scores: by full name of the operator that reads them, scores of its channels that were learned (bypass).
     """

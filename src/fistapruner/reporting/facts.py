@@ -253,7 +253,8 @@ def structure_sentence(report: Report) -> str:
 def cost_facts(report: Report) -> list[Fact]:
     """List time by phase, and memory."""
     totals, rows = report.totals, []
-    if (whole := totals.seconds_in_all) is not None:
+    if totals.seconds is not None:
+        whole = totals.seconds + sum(totals.time_split.get(phase, 0.0) for phase in ("evaluation", "samples"))
         phases = {**totals.time_split, "other": whole - sum(totals.time_split.values())}
         ordered = sorted(((name, seconds) for name, seconds in phases.items() if seconds > 0.5), key=lambda it: -it[1])
         split = ", ".join(f"{PHASES.get(name, name)} {duration(seconds)}" for name, seconds in ordered)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..measure import QUANTISE_FIRST
 from ..runs.directory import RunDirectory
-from ..runs.records import DONE, PAGE, RemovalEntry, Report, is_comparison, load_comparison, load_run
+from ..runs.records import DONE, FIGURES, PAGE, RemovalEntry, Report, load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from ..runtime.show import count, percent
 from .comparison import comparison_page
@@ -133,7 +133,7 @@ def write_page(folder: str | Path) -> Path:
         MissingExtraError: the extra ``report`` is not installed.
     """
     folder = Path(folder)
-    if is_comparison(folder):
+    if (folder / FIGURES).is_file():
         text, out = comparison_page(load_comparison(folder)), folder / PAGE
     else:
         text, out = run_page(load_run(folder)), RunDirectory(folder).page_file

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import out_path, printable
 from ..runs.log import holder
-from ..runs.records import FIGURES, RUNS, Recovery, Report, is_comparison, is_run, load_comparison, load_run
+from ..runs.records import FIGURES, RUNS, Recovery, Report, is_run, load_comparison, load_run
 from ..runtime.show import align_columns, duration, finite, percent, shell_line
 from .figures import mean_error
 
@@ -46,7 +46,7 @@ def status(folder: str | Path) -> Status:
         FistaPrunerError: the folder holds neither, or its files are broken.
     """
     folder = out_path(folder, name="run")
-    if is_comparison(folder):
+    if (folder / FIGURES).is_file():
         return _comparison(folder)
     if (folder / "log.txt").is_file() and not is_run(folder):
         at_work, said = holder(folder), "stopped before anything was decided; give its command again"
@@ -60,7 +60,7 @@ def status(folder: str | Path) -> Status:
 
 def _comparison(folder: Path) -> Status:
     """Say which rows a comparison has done, and how far the run is that is at work."""
-    rows = len(load_comparison(folder).rows) if (folder / FIGURES).is_file() else 0
+    rows = len(load_comparison(folder).rows)
     runs = sorted((folder / RUNS).glob("*"))
     at_work = next((run for run in runs if holder(run) is not None), None)
     working = holder(folder) is not None or at_work is not None

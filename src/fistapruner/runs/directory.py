@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, cast
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ..errors import FistaPrunerError, unreadable
+from ..errors import FistaPrunerError
 from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
 from ..models.low_rank import LowRankAdapter, remove_adapter
 from ..models.record import FOLDER, LOW_RANK
@@ -51,7 +51,6 @@ from ..runtime.files import (
     read_json,
     read_sealed_json,
     remove_folder,
-    require_utf8,
     sampled_sha256,
     sha256_file,
     write_json_atomic,
@@ -61,9 +60,9 @@ from ..runtime.files import (
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.training import Pairs, TrainingText
-from .log import TIMES
+from .log import TIMES, hold, log_file
 from .records import Report, is_run, load_run, parse
-from .settled import PruneRecord, RunRecord, TrainingRecord
+from .settled import PruneRecord, RunRecord, TrainingRecord, interrupted_with
 from .store import LayerJournal, Snapshots
 
 CARD = "README.md"
@@ -88,8 +87,7 @@ R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8."""
-    require_utf8(out)
+    """Refuse an output folder that is a file."""
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
@@ -103,7 +101,7 @@ class RunDirectory(Generic[R_co]):
         text_name: stem of the file with the run's text, which is the first that is written.
     """
 
-    verb: ClassVar[str | None] = None
+    verb: str | None = None
     schema: ClassVar[type[RunRecord]] = RunRecord
     text_name: ClassVar[str] = "windows"
 
@@ -137,14 +135,18 @@ class RunDirectory(Generic[R_co]):
             raise FistaPrunerError(f"--out {self.folder} {said}")
 
     @contextmanager
-    def created(self) -> Iterator[None]:
-        """Make the folder; it, log and times go again where the block is refused and has made nothing else."""
+    def entered(self, interrupted: Callable[[], str]) -> Iterator[None]:
+        """Make, hold and log to the folder; an interruption carries what ``interrupted`` says then.
+
+        Folder, log and times go again where the block is refused and has made nothing else.
+        """
         existed = self.folder.is_dir()
         before = set(self.folder.iterdir()) if existed else set()
         try:
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            yield
+            with interrupted_with(interrupted), hold(self.folder), log_file(self.log_file):
+                yield
         except FistaPrunerError:
             with suppress(OSError):
                 made = set(self.folder.iterdir()) - before
@@ -163,9 +165,8 @@ class RunDirectory(Generic[R_co]):
             return None
         content, fault = {}, ""
         try:
-            content = read_sealed_json(self.run_file)
-        except OSError as error:
-            raise unreadable(self.run_file, error) from None
+            with disk_errors(self.run_file, "read"):
+                content = read_sealed_json(self.run_file)
         except ValueError as error:
             fault = f"{self.run_file} is damaged ({error})"
         if not fault and content.pop("format", 0) != FORMAT:
@@ -180,17 +181,16 @@ class RunDirectory(Generic[R_co]):
     def begun_record(self) -> R_co:
         """Read ``run.json`` of a run that was begun; a FistaPrunerError says that there is none."""
         if (record := self.record()) is None:
-            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json)")
+            again = "give its command again, and if that is refused with a new --out"
+            raise FistaPrunerError(f"{self.folder} is not a run that was begun (it has no run.json): {again}")
         return record
 
-    def write_record(self, record: RunRecord) -> None:
-        """Replace ``run.json``; its format and a checksum of its content go with it."""
+    def write_record(self, record: RunRecord, recipe: str | None = None) -> None:
+        """Replace ``run.json``, with its format and a checksum; before it ``recipe.yaml``, unless that stays."""
+        if recipe is not None:
+            write_text_atomic(self.recipe_file, recipe)
         results = {"layers", "totals", "evaluations", "speed", "generations"}
         write_sealed_json(self.run_file, {**record.model_dump(mode="json", exclude=results), "format": FORMAT})
-
-    def write_recipe(self, text: str) -> None:
-        """Replace ``recipe.yaml``."""
-        write_text_atomic(self.recipe_file, text)
 
     def read_report(self) -> Report:
         """Read ``report.json``; a FistaPrunerError says that it is missing, damaged or of a newer release."""
@@ -337,45 +337,38 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     def write_metrics(
         self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders, scores: Mapping[str, Tensor]
     ) -> None:
-        """Store what was measured on the dense model, as far as the recipe needs it.
-
-        Args:
-            metrics: of every decoder layer, the weight of errors of its output.
-            importance: weights of rows; ``scores``: of the channels that are read; both by full name of the operator.
-            orders: by name of the tensor whose channels are reordered, the dimension and the old places.
-        """
+        """Store what was measured on the dense model, as :meth:`measured` and :meth:`orders` read it."""
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
         tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
         tensors |= {f"scores.{name}": values for name, values in scores.items()}
         write_tensors(self.metrics_file, tensors)
 
-    def metric(self, index: int) -> Tensor:
-        """Read the weight of errors of decoder layer ``index``'s output."""
-        return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
-
     def measured(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read what was measured of operators: weights of their ``rows``, or ``scores`` of channels.
+        """Read what was measured, by name; what has no measurement is left out.
 
-        Operators without it are left out.
+        Args:
+            kind: ``rows``: weights of an operator's rows; ``scores``: of the channels that it reads; both by its full
+                name; ``output``: weights of the errors of a decoder layer's output, by its number in four digits.
         """
         file = SafetensorsFile(self.metrics_file)
         return {name: file.read(f"{kind}.{name}") for name in names if f"{kind}.{name}" in file.entries}
 
     def orders(self) -> Orders:
-        """Read the new order of channels, by tensor."""
+        """Read the new order of channels by tensor: the dimension, and the old places."""
         file = SafetensorsFile(self.metrics_file)
         named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
         return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}
 
 
 class TrainingDirectory(RunDirectory[TrainingRecord]):
-    """Paths and records of one run that trains."""
+    """Paths and records of one run that trains, ``recover`` or ``align``."""
 
     schema = TrainingRecord
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verb: str) -> None:
         super().__init__(folder)
+        self.verb = verb
         self.references_file = folder / "references.safetensors"
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
@@ -400,18 +393,6 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
             kind = Pairs if "test" in tensors else TrainingText
             return kind(**fields, tasks=tuple(about["tasks"]), facts=about["facts"])
         return None
-
-
-class RecoverDirectory(TrainingDirectory):
-    """Paths and records of one recovery run."""
-
-    verb = "recover"
-
-
-class AlignDirectory(TrainingDirectory):
-    """Paths and records of one alignment run."""
-
-    verb = "align"
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:

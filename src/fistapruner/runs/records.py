@@ -20,7 +20,6 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
     model_serializer,
 )
 
@@ -41,9 +40,6 @@ RUNS = "runs"
 
 CURVE_POINTS = 500
 """Most points of a training curve in a report."""
-
-AFTER = ("evaluation", "samples")
-"""Phases of ``time_split`` that come after ``seconds``."""
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 """What a run has done to its model, by the kind of the run."""
@@ -133,12 +129,7 @@ def amount_label(recipe: Mapping[str, Any]) -> str:
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
-    return f"structure {removed_label(removed)}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
-
-
-def removed_label(remove: Any) -> str:
-    """Write how much is removed, as on the command line: ``25%`` or ``mlp=20%,heads=1``."""
-    return str(Remove.model_validate(remove))
+    return f"structure {Remove.model_validate(removed)}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
 
 
 def methods_label(recipe: Mapping[str, Any]) -> str:
@@ -278,11 +269,6 @@ class Evaluation:
     device: str = "cpu"
     low_rank: int | None = None
     warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        values: dict[str, Any] = finite(TypeAdapter(Evaluation).dump_python(self, mode="json"))
-        return values
 
 
 # --- a decoder layer
@@ -464,7 +450,8 @@ class Totals(ZeroCounts):
 
     Args:
         model_weights: of the whole model; ``model_zeros``: in all its pruned operators, also those of earlier runs.
-        seconds: wall time until the checkpoint is written; ``time_split``: by phase, with those of :data:`AFTER`.
+        seconds: wall time until the checkpoint is written.
+        time_split: seconds by phase, also of ``evaluation`` and ``samples`` (prompts), which come after.
         peak_memory: bytes, resident set; ``peak_device_memory``: on the GPU, where one process pruned all layers.
         compressed_bytes: of the packed weight files and the adapter, if measured.
         low_rank: rank of the low-rank parts; ``low_rank_weights``: their weights, counted in no other number.
@@ -481,11 +468,6 @@ class Totals(ZeroCounts):
     low_rank: int | None = None
     low_rank_weights: int | None = None
     low_rank_bytes: int | None = None
-
-    @property
-    def seconds_in_all(self) -> float | None:
-        """Wall time of the run with its evaluation and sample prompts."""
-        return None if self.seconds is None else self.seconds + sum(self.time_split.get(phase, 0.0) for phase in AFTER)
 
 
 class Generation(Record):
@@ -814,7 +796,7 @@ class CompareRow(Totals):
         if removed := (self.settings.get("structure") or {}).get("remove"):
             parameters = share_of(self.model_weights, self.dense_weights)
             how = "" if parameters is None else f": −{percent(1 - parameters)} parameters"
-            text += f" (structure {removed_label(removed)} removed{how})"
+            text += f" (structure {Remove.model_validate(removed)} removed{how})"
         return text
 
 
@@ -876,11 +858,6 @@ def load_run(folder: Path) -> Report:
             report.warnings.append(f"layer file left out: {error}")
     report.layers.sort(key=lambda layer: layer.index)
     return report
-
-
-def is_comparison(folder: Path) -> bool:
-    """Check whether a folder is that of a comparison, which may have no row yet."""
-    return (folder / FIGURES).is_file()
 
 
 def load_comparison(folder: Path) -> Comparison:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.safetensors import SafetensorsFile, write_tensors
+from ..models.safetensors import LazyTensors, SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, entries, read_sealed_json, sha256_file, write_sealed_json
 from .records import LayerEntry
 
@@ -136,3 +136,10 @@ class Snapshots(Store):
             if (last is None or step <= last) and (content := self.get(step, fingerprint)) is not None:
                 return Snapshot(step, content["values"], self.weights(step))
         return None
+
+    def restore(self, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
+        """Load the newest whole snapshot up to a step into what is trained; return its plain values, or None."""
+        if (snapshot := self.newest(fingerprint, last)) is None:
+            return None
+        trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
+        return snapshot.values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,6 @@ class MergeReport:
     refilled: int
     masked_share: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
     def __str__(self) -> str:
         share = f"{self.zeros} of {self.weights} ({percent(self.zeros / max(1, self.weights))})"
         return (
@@ -96,10 +92,7 @@ def merge_adapter(
     source = Permissions(allow_pickle, trust_remote_code).find(checkpoint_of(folder))
     refuse_low_rank(source.folder, "merge")
     require_new(out, source.folder)
-    config_file, record = adapter / "adapter_config.json", read_pruning_record(source.folder)
-    if not config_file.is_file():
-        raise FistaPrunerError(f"{adapter} is not the folder of a PEFT adapter: it has no {config_file.name}")
-    config = read_json(config_file)
+    config, record = read_json(adapter / "adapter_config.json"), read_pruning_record(source.folder)
     base = Path(str(config.get("base_model_name_or_path") or ""))
     if (permuted := set(record.get("permuted", []))) and base.absolute() != source.folder.absolute():
         raise FistaPrunerError(
@@ -108,7 +101,7 @@ def merge_adapter(
         )
     checkpoint = source.checkpoint()
     whole = load_whole(source.folder, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code)
-    before = {name: weight.tensor.detach().clone() for name, weight in held_weights(whole).items()}
+    before = {name: whole.get_parameter(name).detach().clone() for name in held_weights(whole)}
     try:
         merged = peft.PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
@@ -131,7 +124,7 @@ def merge_adapter(
 
 def _mask(merged: Any, before: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
     """Put the zeros of the weights back; return the counts of a :class:`MergeReport`."""
-    operators = weights = zeros = refilled = 0
+    counts = dict.fromkeys(("operators", "weights", "zeros", "refilled"), 0)
     change = masked = 0.0
     for name, start in before.items():
         weight = merged.get_parameter(name)
@@ -139,8 +132,9 @@ def _mask(merged: Any, before: Mapping[str, Tensor], dtype: torch.dtype) -> dict
         if not torch.equal(after, start.to(dtype).float()):
             difference = (weight.data - start).square()
             change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
-            operators, weights, zeros = operators + 1, weights + start.numel(), zeros + int(zero.sum())
-            refilled += int((after[zero] != 0).sum())
+            counts["operators"] += 1
+            counts["weights"] += start.numel()
+            counts["zeros"] += int(zero.sum())
+            counts["refilled"] += int((after[zero] != 0).sum())
         weight.data = torch.where(zero | (after == 0), start, weight.data)
-    counts = {"operators": operators, "weights": weights, "zeros": zeros, "refilled": refilled}
     return {**counts, "masked_share": masked / change if change else 0.0}

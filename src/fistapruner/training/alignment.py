@@ -18,18 +18,15 @@ from ..papers import mrpo
 from ..papers.mezo import ForwardOnly
 from ..passes.stream import check_model
 from ..pruning.context import open_model
-from ..runs.directory import AlignDirectory, TrainingDirectory
-from ..runs.log import Listener
 from ..runs.records import Alignment as Figures
 from ..runs.records import Report
 from ..runtime.numerics import mean_and_error
 from ..settings.align import PREFERENCE_LOSSES, AlignRecipe
 from ..text.examples import read_pairs
 from ..text.training import Pairs, pair_order, tokenise_pairs
-from .loss import Objective, PairObjective, PairTerms
+from .loss import Objective, PairObjective
 from .masked import Trained
-from .recovery import Recovery
-from .settle import Request, Settling, find_input
+from .recovery import Recovery, find_input
 
 LOWEST_REWARD = -1.0
 """Mean reward of the chosen answers below which a warning says that they have become less likely."""
@@ -38,10 +35,9 @@ RESULT = "aligned"
 
 
 class Alignment(Recovery):
-    """An opened run of ``align``; what is not said here is as in :class:`.Recovery`."""
+    """A run of ``align``; what is not said here is as in :class:`.Recovery`."""
 
     settings: ClassVar[type[Any]] = AlignRecipe
-    directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
     texts: ClassVar[str] = "pairs"
     choices: ClassVar[str] = "a .jsonl file of preference pairs"
     window: ClassVar[str] = "max_length"
@@ -49,37 +45,35 @@ class Alignment(Recovery):
     recipe: AlignRecipe
     text: Pairs
 
-    @staticmethod
-    def resolved(request: Request) -> AlignRecipe:
+    def resolved(self) -> AlignRecipe:
         """See :class:`.Recovery`."""
-        recipe: AlignRecipe = request.recipe
+        recipe = self.recipe
         if recipe.data.pairs is not None:
             read_pairs(recipe.data.pairs)
         names = ("references", "anchor")
         return recipe.model_copy(update={name: getattr(recipe, f"resolved_{name}") for name in names})
 
-    @staticmethod
-    def check(settling: Settling) -> dict[str, int]:
+    def check(self) -> dict[str, int]:
         """Find the other reference models, tokenise and split the pairs; see :class:`.Recovery`."""
-        names, recipe, model = list[str](), settling.recipe, settling.model
+        names, recipe, model = list[str](), self.recipe, self.model
         for name in recipe.references:
             names.append(name)
             if name not in ("pruned", "dense"):
-                source = find_input(name, settling.request.permissions, "align references")
+                source = find_input(name, self.permissions, "align references")
                 other = open_model(source, recipe)
-                tokens = settling.source.tokenizer().get_vocab(), model.vocabulary
+                tokens = self.source.tokenizer().get_vocab(), model.vocabulary
                 if tokens != (source.tokenizer().get_vocab(), other.vocabulary):
                     raise FistaPrunerError(
-                        f"references {name}: its tokens are not those of {settling.source.folder}; name models that "
+                        f"references {name}: its tokens are not those of {self.source.folder}; name models that "
                         "share its tokenizer"
                     )
                 check_model(other)
                 names[-1] = str(source.folder.absolute())
-        settling.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
+        self.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
         pairs = read_pairs(str(recipe.data.pairs))
-        text = settling.text = tokenise_pairs(pairs, recipe.data, settling.tokenizer, settling.seqlen, settling.warn)
+        text = self.text = tokenise_pairs(pairs, recipe.data, self.tokenizer, self.seqlen, self.warn)
         trained, held_out, test = (len(text.windows(side)) // 2 for side in ("trained", "held_out", "test"))
-        settling.listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
+        self.listener.say(f"{trained} pairs to train on, {held_out} held out, {test} to test")
         model.check_tokens(text.tokens)
         text.facts["source"] = Path(str(recipe.data.pairs)).name
         return {
@@ -94,21 +88,21 @@ class Alignment(Recovery):
         """See :class:`.Recovery`."""
         return pair_order(self.text, self.decision.steps, self.recipe.pairs_per_step, self.recipe.data.seed)
 
-    def objective(self, run: Any, windows: Tensor, listener: Listener) -> Objective:
+    def objective(self, run: Any, windows: Tensor) -> Objective:
         """See :class:`.Recovery`."""
-        recipe, preference, teacher = self.recipe, None, None
+        recipe, references, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
-            _, stacked, weights = self._weighed(self.references(listener))
+            _, stacked, weights = self._weighed(self.references())
             loss: Any = recipe.loss
-            margins, weights = mrpo.reference_margins(loss, stacked, weights, self._clip)
-            preference = mrpo.Preference(margins, weights, recipe.beta)
+            references = mrpo.reference_margins(loss, stacked, weights)
         if anchor := recipe.resolved_anchor:
             chosen = [*self.text.windows("held_out")[::2], *windows[:, ::2].flatten().tolist()]
-            teacher = self.teacher(chosen, listener)
-        terms = PairTerms(preference, float(recipe.loss == "sft"), anchor, recipe.loss == "accuracy")
-        return PairObjective(self.model, run, self.text, terms, teacher, **self.passes)
+            teacher = self.teacher(chosen)
+        terms: dict[str, Any] = {"references": references, "beta": recipe.beta, "anchor": anchor}
+        terms |= {"likelihood": float(recipe.loss == "sft"), "accuracy": recipe.loss == "accuracy"}
+        return PairObjective(self.model, run, self.text, 0.0, teacher, **terms, **self.passes)
 
-    def references(self, listener: Listener) -> dict[str, Tensor]:
+    def references(self) -> dict[str, Tensor]:
         """Return the (pairs, 2) log-probabilities of the models, computed once and then read from a file.
 
         A reference enters a preference loss as these two numbers a pair. Of a reference of the loss they are those of
@@ -124,59 +118,57 @@ class Alignment(Recovery):
             if not found:
                 known = ("dense",) if self.decision.dense else ()
                 names = dict.fromkeys(("pruned", *self.recipe.resolved_references, *known))
-                found = {name: self._reference(name, listener) for name in names}
+                found = {name: self._reference(name) for name in names}
                 write_tensors(path, found, {"made_from": self.fingerprint})
         told: dict[str, Tensor] = self.world.tell(found)
         return told
 
-    def _reference(self, name: str, listener: Listener) -> Tensor:
+    def _reference(self, name: str) -> Tensor:
         """Compute the (pairs, 2) log-probabilities of one model."""
         windows, numerics = self.text.windows("test"), self.decision.numerics
         if name in self.recipe.resolved_references:
             windows = sorted({*self.order().flatten().tolist(), *self.text.windows("held_out"), *windows})
-        listener.say(f"log-probabilities of {len(windows) // 2} pairs under the {name} model")
-        source = self.permissions.at(self.decision.folder if name == "pruned" else Path(name))
-        model = self.open_dense() if name == "dense" else open_model(source, self.recipe, dtype=numerics.dtype)
+        self.listener.say(f"log-probabilities of {len(windows) // 2} pairs under the {name} model")
+        folder = self.decision.folder if name == "pruned" else Path(name)
+        model = self.open_dense() if name == "dense" else self.opened(folder)
         values = torch.full((len(self.text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
         with model.resident():
-            objective = PairObjective(model, model.run, self.text, None, None, numerics.batch_size)
+            objective = PairObjective(model, model.run, self.text, 0.0, None, numerics.batch_size)
             values[[window // 2 for window in windows[::2]]] = objective.log_probabilities(windows)
         return values
 
     def _weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         """Return the references of the loss: names, (K, pairs, 2) log-probabilities, and (K, pairs) weights.
 
-        A loss without any is told against the model that went in.
+        A loss without any is told against the model that went in. For the harmonic mean they are clipped.
         """
         recipe, names = self.recipe, self.recipe.resolved_references or ("pruned",)
         stacked = torch.stack([references[name] for name in names])
         if recipe.weights == "per-pair":
-            return names, stacked, mrpo.pair_weights(stacked)
-        if recipe.weights == "fixed":
-            shares = torch.ones(len(names), dtype=torch.float64)
+            weights = mrpo.pair_weights(stacked)
         else:
             held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
-            shares = mrpo.held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
-        return names, stacked, mrpo.fixed_weights(shares, stacked.shape[1])
+            rule: Any = {"held-out": "accuracy", "held-out-margin": "margin"}.get(recipe.weights)
+            shares = mrpo.held_out_weights(held_out, rule) if rule else torch.ones(len(names), dtype=torch.float64)
+            weights = mrpo.fixed_weights(shares, stacked.shape[1])
+        if recipe.loss == "harmonic" and recipe.clip != "none":
+            stacked = mrpo.clipped(stacked, recipe.clip)
+        return names, stacked, weights
 
-    @property
-    def _clip(self) -> float | None:
-        return None if self.recipe.clip == "none" else float(self.recipe.clip)
-
-    def describe(self, trained: Trained | ForwardOnly, report: Report | None, listener: Listener) -> None:
+    def describe(self, trained: Trained | ForwardOnly, report: Report | None) -> None:
         """Add to the report what the trained model prefers on the test pairs."""
         text, recipe, windows = self.text, self.recipe, self.text.windows("test")
-        listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
-        objective = PairObjective(self.model, self.runner(trained), text, None, None, **self.passes)
+        self.listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
+        objective = PairObjective(self.model, trained.run, text, 0.0, None, **self.passes)
         part = self.world.part(windows, 2)
         own = self.world.together(windows, part, objective.log_probabilities(part).flatten()).view(-1, 2)
-        references = self.references(listener)
+        references = self.references()
         if report is None:
             return
         places = [window // 2 for window in windows[::2]]
         names, stacked, weights = self._weighed(references)
         kind: Any = recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo"
-        mixed = mrpo.virtual_reference(kind, stacked, weights, self._clip)
+        mixed = mrpo.virtual_reference(kind, stacked, weights)
         models: dict[str, Tensor] = {n: references[n][places] for n in ("dense", "pruned") if n in references}
         rewards = recipe.beta * (own - mixed[places])
         margins = mrpo.margins_of(rewards)

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.safetensors import LazyTensors
 from ..runs.store import Snapshots
 from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
 from ..runtime.machine import launched
@@ -112,10 +111,6 @@ def joined(device: str, offload: bool) -> Iterator[World]:
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
-    if "MASTER_ADDR" not in os.environ:
-        raise FistaPrunerError(
-            f"WORLD_SIZE is {size}, and no launcher is there: begin with torchrun, or unset WORLD_SIZE"
-        )
     dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, device_id=here if cuda else None)
     try:
         yield World(dist.get_rank(), size, here, offload)
@@ -182,13 +177,3 @@ class ShardedSnapshots(Snapshots):
         load(tensors, storage_reader=reader)
         trained.load(tensors)
         return found[1]
-
-
-def restored(states: Snapshots, fingerprint: str, last: int, trained: Any) -> dict[str, Any] | None:
-    """Load the newest whole state up to a step into what is trained; return its plain values, or None."""
-    if isinstance(states, ShardedSnapshots):
-        return states.restore(fingerprint, last, trained)
-    if (snapshot := states.newest(fingerprint, last)) is None:
-        return None
-    trained.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
-    return snapshot.values

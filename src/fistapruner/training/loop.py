@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,14 +111,14 @@ class Loop:
                 self.states.tidy(whole)
             if state is None:
                 self.listener.say("the loss of what is held out, before training")
-                self._take(self._start)
+                self._take(0)
                 self._snapshot()
             else:
                 self.listener.say(f"going on after step {whole} of {self.steps}")
             last = time.monotonic()
             self._begun = self.state.step, last
             while self.state.step < self.steps and not self.state.stopped:
-                checked = self._take(self._step)
+                checked = self._take(self.state.step + 1)
                 late = self.agree(time.monotonic() - last > max(LEAST_SECONDS, 10 * self._writing))
                 if checked or self.state.stopped or late:
                     self._snapshot()
@@ -126,63 +126,58 @@ class Loop:
         self.trained.restore()
         return self.state
 
-    def _take(self, work: Callable[[], dict[str, Any]]) -> bool:
-        """Do a step's work, journal the line that it returns, say its check; return whether it has one."""
-        begin = time.perf_counter()
-        line, state = work(), self.state
-        if self._journal is not None:
-            self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
-        if state.fault is not None:
-            self.listener.say(state.fault)
-        elif "held_out" in line:
-            said = f"held-out loss {line['held_out']:.4f}"
-            if state.step:
-                how = "kept" if line["kept"] else "not better"
-                said = f"step {state.step} of {self.steps}: {said} (before {state.before:.4f}): {how}"
-            if state.stopped:
-                said += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
-            elif 0 < state.step < self.steps:
-                first, then = self._begun
-                each = (time.monotonic() - then) / (state.step - first)
-                said += f", about {duration(each * (self.steps - state.step))} left"
-            self.listener.say(said)
-        self.listener.tick(self.what, state.step, self.steps)
-        return "held_out" in line
-
-    def _start(self) -> dict[str, Any]:
-        """Make the start the first candidate."""
-        state = self.state
-        loss, by_task = self.held_out()
-        state.before = state.best = loss
-        self.trained.keep()
-        if not math.isfinite(loss):
-            state.stopped, state.fault = True, f"the loss of what is held out is {loss} before training"
-        return {"step": 0, "held_out": loss, "kept": True, "by_task": by_task}
-
-    def _step(self) -> dict[str, Any]:
-        """Take a step; at a check keep the weights if their held-out loss is the lowest, else go back."""
-        state = self.state
-        number = state.step = state.step + 1
-        factor = state.rate * self.descent.factor(number, self.steps)
-        loss, size = self.step(number, factor)
-        finite = math.isfinite(loss) and math.isfinite(size)
-        line: dict[str, Any] = {"step": number, "loss": loss if finite else None, "lr": factor}
-        line |= {"size": size if finite else None, "tokens": self.tokens(number)}
-        if not finite:
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
-            state.stopped = True
-            line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
-        elif check_due(number, self.steps):
+    def _take(self, number: int) -> bool:
+        """Take a step (0 takes none); check, journal and say it; return whether a check was due."""
+        begin, state = time.perf_counter(), self.state
+        line: dict[str, Any] = {"step": number}
+        state.step = number
+        if number:
+            factor = state.rate * self.descent.factor(number, self.steps)
+            loss, size = self.step(number, factor)
+            finite = math.isfinite(loss) and math.isfinite(size)
+            line |= {"loss": loss if finite else None, "lr": factor, "size": size if finite else None}
+            line["tokens"] = self.tokens(number)
+            if not finite:
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
+                state.stopped = True
+                line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
+        if state.fault is None and (number == 0 or check_due(number, self.steps)):
             held_out, by_task = self.held_out()
-            line |= {"held_out": held_out, "kept": held_out < state.best, "by_task": by_task}
-            if held_out < state.best:
+            kept = number == 0 or held_out < state.best
+            line |= {"held_out": held_out, "kept": kept, "by_task": by_task}
+            if kept:
                 state.best, state.best_step = held_out, number
                 self.trained.keep()
             elif self.descent.goes_back:
                 state.rate *= BACK_OFF
                 self.trained.restore()
                 state.stopped = state.rate < SMALLEST
-        return line
+            if number == 0:
+                state.before = held_out
+                if not math.isfinite(held_out):
+                    state.stopped, state.fault = True, f"the loss of what is held out is {held_out} before training"
+        if self._journal is not None:
+            self._journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+        if state.fault is not None:
+            self.listener.say(state.fault)
+        elif "held_out" in line:
+            self.listener.say(self._checked(line))
+        self.listener.tick(self.what, number, self.steps)
+        return "held_out" in line
+
+    def _checked(self, line: Mapping[str, Any]) -> str:
+        """Say a check and what follows."""
+        state, said = self.state, f"held-out loss {line['held_out']:.4f}"
+        if state.step:
+            how = "kept" if line["kept"] else "not better"
+            said = f"step {state.step} of {self.steps}: {said} (before {state.before:.4f}): {how}"
+        if state.stopped:
+            said += f"; the learning rate would fall below {SMALLEST:.0%} of the first, so training ends"
+        elif 0 < state.step < self.steps:
+            first, then = self._begun
+            each = (time.monotonic() - then) / (state.step - first)
+            said += f", about {duration(each * (self.steps - state.step))} left"
+        return said
 
     def _snapshot(self) -> None:
         if self.states is None:

@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import FistaPrunerError
 from ..models.layers import Call, LayerwiseModel
 from ..models.safetensors import SafetensorsFile, write_tensors
-from ..papers.mrpo import Preference, margins_of
+from ..papers.mrpo import margins_of, preference_losses
 from ..passes.store import scratch_factory
 from ..passes.stream import forward
 from ..runtime.files import disk_errors
@@ -48,61 +48,55 @@ BLOCK_TOKENS = 32768
 Run = Callable[[int, Tensor, Call], Tensor]
 """Runs decoder layer (index, hidden states, its other arguments)."""
 
-
-@dataclass(frozen=True)
-class TokenLoss:
-    """A loss of tokens: a ``share`` of the divergence from the dense model, the rest cross-entropy."""
-
-    share: float
-
-    def tokens(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        dense: Tensor | None,
-        factor: float | None = None,
-        budgets: Budgets = BUDGETS,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the loss of every token, in blocks of rows that fit a core's cache.
-
-        Takes (tokens, vocabulary) logits of the model and, but for cross-entropy alone, of the dense model, and the
-        (tokens,) tokens that follow. Returns (tokens,) losses, and ``factor`` times the gradient of their sum with
-        respect to ``logits``; without a factor no gradient is computed.
-        """
-        losses, gradient = [], None if factor is None else torch.empty_like(logits)
-        for start, stop in budgets.cache(logits):
-            own = logits[start:stop].detach().float().log_softmax(-1)
-            value, target = self._target(own, targets[start:stop], None if dense is None else dense[start:stop])
-            losses.append(value)
-            if gradient is not None and factor is not None:
-                # The derivative of log_softmax: softmax times the sum of the target, less the target.
-                gradient[start:stop] = (own.exp_() * target.sum(-1, keepdim=True)).sub_(target).mul_(factor)
-        return torch.cat(losses), gradient
-
-    def _target(self, own: Tensor, targets: Tensor, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return losses (tokens,) and target (tokens, vocabulary) of a block of rows."""
-        index = targets[:, None]
-        if self.share == 0.0:
-            return -own.gather(1, index)[:, 0], torch.zeros_like(own).scatter_(1, index, 1.0)
-        assert dense is not None
-        log_p = dense.float().log_softmax(-1)
-        target = log_p.exp()
-        # Where the dense model gives a token probability 0 (a padded vocabulary), the term is 0 for any model.
-        value = torch.linalg.vecdot(target, (log_p - own).masked_fill_(target == 0, 0.0))
-        if self.share < 1.0:
-            value = self.share * value - (1 - self.share) * own.gather(1, index)[:, 0]
-            target = target.mul_(self.share)
-            target = target.scatter_(1, index, target.gather(1, index) + (1 - self.share))
-        return value, target
+Reduce = Callable[[Tensor, list[int]], Tensor]
+"""Turns the last layer's output of (numbered) windows into one fp64 number each."""
 
 
-LIKELIHOOD, DIVERGENCE = TokenLoss(0.0), TokenLoss(1.0)
+def token_losses(
+    logits: Tensor,
+    targets: Tensor,
+    dense: Tensor | None,
+    share: float,
+    factor: float | None = None,
+    budgets: Budgets = BUDGETS,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the loss of every token, in blocks of rows that fit a core's cache.
+
+    Takes (tokens, vocabulary) logits of the model and of the dense model, the (tokens,) tokens that follow, and the
+    ``share`` of the divergence; the rest is cross-entropy. Returns (tokens,) losses, and ``factor`` times the gradient
+    of their sum with respect to ``logits``; without a factor no gradient is computed.
+    """
+    losses, gradient = [], None if factor is None else torch.empty_like(logits)
+    for start, stop in budgets.cache(logits):
+        own = logits[start:stop].detach().float().log_softmax(-1)
+        value, target = _target(own, targets[start:stop], None if dense is None else dense[start:stop], share)
+        losses.append(value)
+        if gradient is not None and factor is not None:
+            # The derivative of log_softmax: softmax times the sum of the target, less the target.
+            gradient[start:stop] = (own.exp_() * target.sum(-1, keepdim=True)).sub_(target).mul_(factor)
+    return torch.cat(losses), gradient
+
+
+def _target(own: Tensor, targets: Tensor, dense: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
+    """Return losses (tokens,) and target (tokens, vocabulary) of a block of rows."""
+    index = targets[:, None]
+    if dense is None:
+        return -own.gather(1, index)[:, 0], torch.zeros_like(own).scatter_(1, index, 1.0)
+    log_p = dense.float().log_softmax(-1)
+    target = log_p.exp()
+    # Where the dense model gives a token probability 0 (a padded vocabulary), the term is 0 for any model.
+    value = torch.linalg.vecdot(target, (log_p - own).masked_fill_(target == 0, 0.0))
+    if share < 1.0:
+        value = share * value - (1 - share) * own.gather(1, index)[:, 0]
+        target = target.mul_(share)
+        target = target.scatter_(1, index, target.gather(1, index) + (1 - share))
+    return value, target
 
 
 class HeadLoss(torch.autograd.Function):
     """Losses of tokens behind the final norm and the head, in slices whose logits are not kept.
 
-    ``apply(rows, model, targets, loss, dense, factor, budgets)`` returns ``factor`` times the (tokens,) fp64 losses of
+    ``apply(rows, model, targets, share, dense, factor, budgets)`` returns ``factor`` times the (tokens,) fp64 losses of
     (tokens, width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits; it is
     None where the loss needs none.
     """
@@ -110,7 +104,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, model: LayerwiseModel, *args: Any) -> Tensor:
         """Compute the losses, and the gradient of each with respect to its row."""
-        targets, loss, dense, factor, budgets = args
+        targets, share, dense, factor, budgets = args
         needed = ctx.needs_input_grad[0]
         losses, below = [rows.new_zeros(0, dtype=torch.float64)], torch.zeros_like(rows)
         # No more rows than the model takes in one window.
@@ -120,7 +114,7 @@ class HeadLoss(torch.autograd.Function):
                 part = rows[start:stop].detach().requires_grad_(needed)
                 logits = model.head(part, gradients=needed)
             wanted = None if dense is None else dense(start, stop)
-            found, above = loss.tokens(logits, targets[start:stop], wanted, factor if needed else None, budgets)
+            found, above = token_losses(logits, targets[start:stop], wanted, share, factor if needed else None, budgets)
             losses.append(found.double())
             if above is not None:
                 (below[start:stop],) = torch.autograd.grad(logits, part, above)
@@ -134,6 +128,7 @@ class HeadLoss(torch.autograd.Function):
         return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
 
 
+@dataclass
 class Teacher:
     """The dense model's last hidden states of the windows of a text, in blocks that ``folder`` holds.
 
@@ -141,30 +136,24 @@ class Teacher:
     ``identity`` what else decides the stored values.
     """
 
-    def __init__(
-        self,
-        dense: LayerwiseModel,
-        tokens: Tensor,
-        folder: Path,
-        batch_size: int,
-        windows: Sequence[int] | None = None,
-        identity: str = "",
-        tick: Tick = silent,
-    ) -> None:
-        self.dense, self.tokens, self.folder = dense, tokens, folder
-        self.identity, self.batch_size, self.tick = identity, batch_size, tick
-        order = list(dict.fromkeys(range(len(tokens)) if windows is None else windows))
-        size = max(1, BLOCK_TOKENS // (tokens.shape[1] * batch_size)) * batch_size
+    dense: LayerwiseModel
+    tokens: Tensor
+    folder: Path
+    batch_size: int
+    windows: Sequence[int] | None = None
+    identity: str = ""
+    tick: Tick = silent
+
+    def __post_init__(self) -> None:
+        order = list(dict.fromkeys(range(len(self.tokens)) if self.windows is None else self.windows))
+        size = max(1, BLOCK_TOKENS // (self.tokens.shape[1] * self.batch_size)) * self.batch_size
         self.blocks = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
         self._of = {window: number for number, block in enumerate(self.blocks) for window in block}
-        self._open: dict[int, SafetensorsFile] = {}
+        self._open = cache(self._block)
 
     def hidden(self, window: int) -> Tensor:
         """Return the (seqlen, width) output of the last decoder layer for a window."""
-        number = self._of[window]
-        if number not in self._open:
-            self._open[number] = self._block(number)
-        return self._open[number].read(str(window))
+        return self._open(self._of[window]).read(str(window))
 
     def _block(self, number: int) -> SafetensorsFile:
         """Open a block that is whole and of this text and model, or pass its windows through the dense model."""
@@ -185,30 +174,24 @@ class Teacher:
         return SafetensorsFile(path)
 
 
+@dataclass
 class Objective:
     """The loss of windows of a text under a resident model, whose decoder layers ``run`` runs.
 
-    ``loss`` is a :class:`TokenLoss`, or of pairs :class:`PairTerms`; one with a divergence needs a ``teacher``. With
+    It is a ``share`` of the divergence from the dense model, which needs a ``teacher``, the rest cross-entropy. With
     ``checkpointing`` only the inputs of decoder layers are kept for the way back; the bits of the result are the same.
     """
 
-    together = 1
+    model: LayerwiseModel
+    run: Run
+    text: TrainingText
+    share: float
+    teacher: Teacher | None
+    batch_size: int
+    checkpointing: bool = False
+    budgets: Budgets = BUDGETS
+    together: ClassVar[int] = 1
     """Windows that no pass may part."""
-
-    def __init__(
-        self,
-        model: LayerwiseModel,
-        run: Run,
-        text: TrainingText,
-        loss: Any,
-        teacher: Teacher | None,
-        batch_size: int,
-        *,
-        checkpointing: bool = False,
-        budgets: Budgets = BUDGETS,
-    ) -> None:
-        self.model, self.run, self.text, self.loss, self.teacher = model, run, text, loss, teacher
-        self.batch_size, self.checkpointing, self.budgets = batch_size, checkpointing, budgets
 
     def resident(self) -> AbstractContextManager[None]:
         """Keep the final norm and head of the dense model loaded for the block."""
@@ -223,9 +206,15 @@ class Objective:
         return self.text.loss_tokens[list(windows)].sum()
 
     @torch.no_grad()
-    def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
-        """Compute the (windows,) fp64 losses, sums over what is counted; ``run`` replaces the own."""
-        return self._each(windows, self._reduce, run)
+    def losses(self, windows: Sequence[int], run: Run | None = None, reduce: Reduce | None = None) -> Tensor:
+        """Compute the (windows,) fp64 losses, sums over what is counted.
+
+        ``run`` and ``reduce`` replace the own.
+        """
+        found = torch.zeros(len(windows), dtype=torch.float64)
+        for places, batch in self._batches(windows):
+            found[places] = (reduce or self._reduce)(self._hidden(batch, run or self.run), batch)
+        return found
 
     def backward(self, windows: Sequence[int], count: float | None = None) -> float:
         """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
@@ -238,15 +227,6 @@ class Objective:
                 if loss.requires_grad:
                     loss.backward()
         return total
-
-    def _each(
-        self, windows: Sequence[int], reduce: Callable[[Tensor, list[int]], Tensor], run: Run | None = None
-    ) -> Tensor:
-        """Return one fp64 number for each window."""
-        found = torch.zeros(len(windows), dtype=torch.float64)
-        for places, batch in self._batches(windows):
-            found[places] = reduce(self._hidden(batch, run or self.run), batch)
-        return found
 
     def _length(self, windows: Sequence[int]) -> int:
         """Return the tokens of each of these windows that are passed."""
@@ -274,19 +254,19 @@ class Objective:
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
         """Return ``factor`` times the (windows,) fp64 losses of the last layer's output."""
-        return self._token_sums(hidden, windows, self.loss, factor)
+        return self._token_sums(hidden, windows, self.share, factor)
 
     def _marked(self, windows: Sequence[int], length: int) -> Tensor:
         """Return the (windows, length) positions whose next token carries loss."""
         marks = self.text.marks[list(windows), :length]
         return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
 
-    def _token_sums(self, hidden: Tensor, numbers: list[int], loss: TokenLoss, factor: float = 1.0) -> Tensor:
+    def _token_sums(self, hidden: Tensor, numbers: list[int], share: float, factor: float = 1.0) -> Tensor:
         """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
         device, teacher, dense = self.model.device, self.teacher, None
         windows, positions = self._marked(numbers, hidden.shape[1]).nonzero(as_tuple=True)
         targets = self.text.tokens[numbers][windows, positions + 1].to(device)
-        if teacher is not None and loss.share > 0:
+        if teacher is not None and share > 0:
             states = [teacher.hidden(number)[positions[windows == at]] for at, number in enumerate(numbers)]
             stored, model = torch.cat(states), teacher.dense
 
@@ -294,31 +274,26 @@ class Objective:
                 return model.head(stored[start:stop].to(device, model.dtype))
 
         rows = hidden[windows.to(device), positions.to(device)]
-        losses = HeadLoss.apply(rows, self.model, targets, loss, dense, factor, self.budgets)
+        losses = HeadLoss.apply(rows, self.model, targets, share, dense, factor, self.budgets)
         return torch.zeros(len(numbers), dtype=torch.float64).index_add(0, windows, losses.cpu())
 
 
-@dataclass(frozen=True)
-class PairTerms:
-    """The terms of the loss of a pair: its preference loss, and factors of others of the chosen answer.
+@dataclass
+class PairObjective(Objective):
+    """The loss of preference pairs, a sum of terms; it stands at the window of the chosen answer.
 
-    ``likelihood`` is of the mean cross-entropy of its tokens, ``anchor`` of their mean divergence from the dense model.
-    With ``accuracy`` pairs are counted whose chosen answer is not the more likely one, without a gradient.
+    Both answers of a pair are in one pass. With ``references``, their (K, pairs) margins and weights, a term is the
+    preference loss (:func:`.preference_losses`). ``likelihood`` is the factor of the mean cross-entropy of the chosen
+    answer's tokens, ``anchor`` of their mean divergence from the dense model. With ``accuracy`` pairs are counted whose
+    chosen answer is not the more likely one, without a gradient.
     """
 
-    preference: Preference | None = None
+    references: tuple[Tensor, Tensor] | None = None
+    beta: float = 0.1
     likelihood: float = 0.0
     anchor: float = 0.0
     accuracy: bool = False
-
-
-class PairObjective(Objective):
-    """The loss of preference pairs (:class:`PairTerms`); it stands at the window of the chosen answer.
-
-    Both answers of a pair are in one pass.
-    """
-
-    together = 2
+    together: ClassVar[int] = 2
 
     def _length(self, windows: Sequence[int]) -> int:
         """See :class:`Objective`; what is left out is padding."""
@@ -328,22 +303,23 @@ class PairObjective(Objective):
     @torch.no_grad()
     def log_probabilities(self, windows: Sequence[int]) -> Tensor:
         """Compute the (pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
-        return -self._each(windows, partial(self._token_sums, loss=LIKELIHOOD)).view(-1, 2)
+        return -self.losses(windows, reduce=partial(self._token_sums, share=0.0)).view(-1, 2)
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""
-        every = slice(None) if self.loss.preference is not None else slice(None, None, 2)
+        every = slice(None) if self.references is not None else slice(None, None, 2)
         return self.text.loss_tokens[list(windows)][every].sum()
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
-        terms, chosen = self.loss, windows[::2]
+        chosen = windows[::2]
         tokens = self._marked(chosen, hidden.shape[1]).sum(1).clamp_min(1)
-        answers = -self._token_sums(hidden, windows, LIKELIHOOD).view(-1, 2)
-        found = -terms.likelihood * answers[:, 0] / tokens
-        if terms.preference is not None:
-            found = found + terms.preference.losses(margins_of(answers), [number // 2 for number in chosen])
-        if terms.accuracy:
+        answers = -self._token_sums(hidden, windows, 0.0).view(-1, 2)
+        found = -self.likelihood * answers[:, 0] / tokens
+        if self.references is not None:
+            margins, weights = (each[:, [number // 2 for number in chosen]] for each in self.references)
+            found = found + preference_losses(margins_of(answers), margins, weights, self.beta)
+        if self.accuracy:
             found = found + (answers[:, 0] <= answers[:, 1]).double()
-        if terms.anchor:
-            found = found + terms.anchor * self._token_sums(hidden[::2], chosen, DIVERGENCE) / tokens
+        if self.anchor:
+            found = found + self.anchor * self._token_sums(hidden[::2], chosen, 1.0) / tokens
         return factor * torch.stack([found, torch.zeros_like(found)], 1).flatten()

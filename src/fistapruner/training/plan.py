@@ -11,15 +11,13 @@ once.
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.benchmark import Timer
 
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
@@ -29,7 +27,7 @@ from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from ..runtime.show import counted, duration, size
 from ..settings.train import TrainingRecipe
 from .loop import CHECKS
-from .loss import LIKELIHOOD, HeadLoss
+from .loss import HeadLoss
 from .masked import trained_layer
 
 GROWTH, RESERVE = 256 * 2**20, 0.9
@@ -39,12 +37,13 @@ MASTER_BYTES = 4 + 4 + 8 + 4
 """Bytes of a trained number."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a run that trains will need: bytes, windows in one pass, and seconds.
 
     ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
-    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
+    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything;
+    ``refusal`` says why the run cannot work.
     """
 
     parameters: str
@@ -58,23 +57,19 @@ class Plan:
     steps: int
     step_seconds: float
     seconds: float
+    refusal: str | None = None
 
-    @property
-    def refusal(self) -> str | None:
-        """Say why the run cannot work; None where it can."""
+    def __post_init__(self) -> None:
         if (needed := sum(self.memory.values())) > self.limit:
             most = max(self.memory, key=lambda name: self.memory[name])
-            return (
+            self.refusal = (
                 f"training {self.parameters} needs {size(needed)} of {self.kind}, {size(self.memory[most])} of it for "
                 f"{most}, and {size(self.limit)} may be used: take --parameters lora, or shorter windows"
             )
-        if self.disk > self.free:
-            return f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return {**vars(self), "refusal": self.refusal}
+        elif self.disk > self.free:
+            self.refusal = (
+                f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
+            )
 
     def __str__(self) -> str:
         again = "decoder layers run twice, " if self.checkpointing else ""
@@ -163,27 +158,20 @@ def _measure(
         return torch.empty(0)  # a graph that holds its own output would never be freed
 
     def head() -> None:
-        HeadLoss.apply(rows, model, targets, LIKELIHOOD, None, 1.0, BUDGETS).sum().backward()
+        HeadLoss.apply(rows, model, targets, 0.0, None, 1.0, BUDGETS).sum().backward()
 
+    def layer() -> None:
+        trained(hidden, *calls[index]).sum().backward()
+
+    threads = torch.get_num_threads()
     with model.embeddings_and_head():
         hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
         rows, targets = hidden[0].detach().requires_grad_(), torch.zeros(seqlen, dtype=torch.int64, device=model.device)
-        head_seconds = _timed(model.device, head)
+        head_seconds = Timer("head()", globals={"head": head}, num_threads=threads).timeit(1).mean
     with model.layer(index), ordered_attention(model.device):
         trained = trained_layer(model, layout, index, recipe)
         with saved_tensors_hooks(keep, lambda empty: empty):
             trained(hidden, *calls[index])
-        seconds = _timed(model.device, lambda: trained(hidden, *calls[index]).sum().backward())
+        seconds = Timer("layer()", globals={"layer": layer}, num_threads=threads).timeit(1).mean
     release_memory()
     return numbers, sum(kept.values()), seconds, head_seconds
-
-
-def _timed(device: torch.device, work: Callable[[], None]) -> float:
-    """Return the seconds that ``work`` takes on a device, the second time."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    for _ in range(2):
-        synchronise(device)
-        begin = time.perf_counter()
-        work()
-        synchronise(device)
-    return time.perf_counter() - begin

@@ -49,19 +49,6 @@ SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
-class ReconstructionSettings:
-    """AdamW steps, the seed that draws their windows, the metric of output errors, the first step size.
-
-    The metric is (width, width), positive semi-definite, or its (width,) diagonal; None is the identity.
-    """
-
-    steps: int
-    seed: int = 0
-    metric: Tensor | None = None
-    rate: float = RATE
-
-
-@dataclass(frozen=True)
 class _SumOfParts(Form):
     """A sparse and a low-rank part of one operator, both trained: (m, n), A and B, by short name."""
 
@@ -82,8 +69,11 @@ def reconstruct_layer(
     inputs: HiddenStates,
     wanted: HiddenStates,
     calls: Calls,
-    settings: ReconstructionSettings,
-    parts: Mapping[str, Tensor] | None = None,
+    parts: Mapping[str, Tensor],
+    metric: Tensor | None,
+    steps: int,
+    seed: int = 0,
+    rate: float = RATE,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the loaded, pruned decoder layer ``index`` in place; only ``groups`` and vectors change.
 
@@ -91,20 +81,22 @@ def reconstruct_layer(
         inputs: hidden states that enter the layer; ``wanted``: output hidden states to match.
         parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
             name with :data:`~fistapruner.models.low_rank.A` or ``B``.
+        metric: of output errors, (width, width), positive semi-definite, or its (width,) diagonal; None: identity.
+        seed: draws the windows of the AdamW ``steps``; ``rate``: first step size.
 
     Returns:
         Changed tensors by checkpoint name, rounded as stored, on the CPU; and what the report says of the steps.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
-        layer = TrainedLayer(model, index, _forms(model, index, groups, parts or {}))
-        rates = {key: settings.rate * root_mean_square(each.detach()) for key, each in layer.masters.items()}
+        layer = TrainedLayer(model, index, _forms(model, index, groups, parts))
+        rates = {key: rate * root_mean_square(each.detach()) for key, each in layer.masters.items()}
         masters = Masters(dict(layer.masters.items()), rates, layer.masked)
-        loss = BlockLoss(inputs, wanted, settings.metric, model.device)
+        loss = BlockLoss(inputs, wanted, metric, model.device)
         held, train = _split(inputs.samples)
-        generator = torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63)
-        turns = [torch.randperm(len(train), generator=generator) for _ in range(0, settings.steps, len(train))]
-        order = [train[at] for turn in turns for at in turn.tolist()]
+        generator = torch.Generator().manual_seed((seed * 100_003 + index) % 2**63)
+        turns = (torch.randperm(len(train), generator=generator).tolist() for _ in range(0, steps, len(train)))
+        order = [train[at] for turn in turns for at in turn]
         # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
         up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
 
@@ -124,7 +116,7 @@ def reconstruct_layer(
             with torch.no_grad():
                 return sum(float(value(window)) for window in held) / len(held), {}
 
-        state = Loop(masters, settings.steps, step, held_out).run()
+        state = Loop(masters, steps, step, held_out).run()
     # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
     weights = _write(model, index, layer) if state.best_step else {}
     record = {
@@ -159,10 +151,10 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
     for name, shorts in trained.keys.items():
         parameter, source = trained.layer.get_parameter(name), model.source_of(index, name)
         masters = {short: trained.masters[key].to(parameter.dtype) for short, key in shorts.items()}
-        form, transposed = trained.pruned.get(name, (None, False))
+        form, transposed = trained.forms[name]
         start = trained.matrix(name, form.parts[ITSELF]) if isinstance(form, _SumOfParts) else parameter
         value = model.rounded(source, trained.matrix(name, masters.pop(ITSELF))).to(parameter.dtype)
-        if form is not None:  # a survivor that rounds to zero stays as it was
+        if name in trained.pruned:  # a survivor that rounds to zero stays as it was
             value = torch.where((value == 0) | (start == 0), start, value)
         stored[source] = model.result(source, value.contiguous())
         if isinstance(form, _SumOfParts):

@@ -22,7 +22,7 @@ from ..pruning import write
 from ..reporting.facts import length_setting
 from ..runs import settled
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
+from ..runs.log import Listener, Logged, Times, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.numerics import undisturbed
@@ -34,8 +34,7 @@ from .distributed import DONE, READY, World, joined
 from .loop import State
 from .masked import Trained
 from .plan import Plan
-from .recovery import Recovery
-from .settle import Request, Settling
+from .recovery import Recovery, Request
 
 KINDS: dict[str, type[Recovery]] = {"recover": Recovery, "align": Alignment}
 
@@ -62,15 +61,11 @@ def recover(
         recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
             default recipe. An AlignRecipe aligns, as ``fistapruner.align`` does.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        listener: receives progress.
-        command: shell line that reproduces the run, for the report; None leaves it out.
         evaluate: text for the perplexity, as ``fistapruner.evaluate`` takes it; ``auto`` is that of the input's
             run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,
-            ``data={"tokens": "500k"}``.
+            ``data={"tokens": "500k"}``. Other arguments are as of ``fistapruner.prune``.
 
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
@@ -80,8 +75,7 @@ def recover(
     """
     kind = KINDS["align" if isinstance(recipe, AlignRecipe) else "recover"]
     request = Request(
-        kind,
-        kind.directory(out_path(out)),
+        TrainingDirectory(out_path(out), kind.settings.verb),
         path_text("model", model, A_MODEL),
         kind.settings.of(recipe).changed(settings),
         None if dense is None else path_text("dense", dense, A_MODEL),
@@ -118,18 +112,17 @@ def plan_recovery(
 ) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    kind, named = KINDS[recipe.verb], None if dense is None else str(dense)
-    request = Request(kind, kind.directory(folder), str(model), recipe, named, permissions, evaluate=None)
-    return Settling(request, Listener()).plan
+    run, named = TrainingDirectory(folder, recipe.verb), None if dense is None else str(dense)
+    request = Request(run, str(model), recipe, named, permissions, evaluate=None)
+    return KINDS[recipe.verb](request, Listener()).settle()
 
 
 def resume_training(verb: str, folder: Path, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run of a verb as it was begun; ``permissions`` say what the models' files may do."""
-    kind = KINDS[verb]
-    run = kind.directory(folder)
+    run = TrainingDirectory(folder, verb)
     record = run.begun_record()
-    recipe = kind.settings.build(record.decision.asked, str(run.run_file))
-    request = Request(kind, run, record.decision.model, recipe, None, permissions, record.command)
+    recipe = KINDS[verb].settings.build(record.decision.asked, str(run.run_file))
+    request = Request(run, record.decision.model, recipe, None, permissions, record.command)
     return _run(request, listener)
 
 
@@ -158,9 +151,10 @@ def _run(request: Request, told: Listener) -> Report:
             world.tell()
             return report
         if (said := world.tell()) == READY:
-            training = request.verb.open(run, execution, request.permissions, world)
-            with training.trained(Listener(), lambda: None) as (trained, _):
-                training.describe(trained, None, Listener())
+            training = KINDS[recipe.verb](request, Listener(), world)
+            training.open()
+            with training.trained() as (trained, _):
+                training.describe(trained, None)
                 dict(trained.result())  # whose tensors may be divided among all
         elif said != DONE:
             raise FistaPrunerError(said)
@@ -174,12 +168,7 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
     run.check_place()
     settled.refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
-    with (
-        settled.interrupted_with(lambda: _how_to_continue(run)),
-        run.created(),
-        hold(run.folder),
-        log_file(run.log_file),
-    ):
+    with run.entered(lambda: _how_to_continue(run)):
         listener, begun = Logged(told), run.record()
         report, fault = None, None
         if begun is not None:
@@ -196,16 +185,18 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
             # The report of a finished run stays, whatever becomes of its checkpoint.
             with spent(run.folder) as times, nullcontext() if report else write.reporting_failure(run, times):
                 reset_peak_memory(choose_device(execution.device))
+                training = KINDS[request.recipe.verb](request, listener, world)
                 if begun is None:
-                    Settling(request, listener).write()
+                    training.settle()
+                    training.write()
                 elif report is None:
                     settled.refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
-                training = request.verb.open(run, execution, permissions, world)
+                training.open()
                 write.refuse_foreign_files(run, training.fingerprint)
                 world.announce(READY)
-                with training.trained(listener, times.note) as (trained, state):
-                    report = _write(training, trained, state, times, listener, report)
+                with training.trained(times.note) as (trained, state):
+                    report = _write(training, trained, state, times, report)
         else:
             listener.say(f"{run.folder} holds the finished run of this recipe")
         return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
@@ -223,21 +214,16 @@ def _how_to_continue(run: TrainingDirectory) -> str:
 
 
 def _write(
-    training: Recovery,
-    trained: Trained | ForwardOnly,
-    state: State,
-    times: Times,
-    listener: Listener,
-    earlier: Report | None,
+    training: Recovery, trained: Trained | ForwardOnly, state: State, times: Times, earlier: Report | None
 ) -> Report:
     """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
 
     ``trained`` is the loaded model with the best weights, ``state`` where training ended, and ``earlier`` the report of
     the finished run whose checkpoint is written again.
     """
-    run, model = training.run, training.model
+    run, model, listener = training.run, training.model, training.listener
     report: Report = run.begun_record().report()
-    training.describe(trained, report, listener)
+    training.describe(trained, report)
     listener.tick("comparing the trained weights with the input's", 0, 1)
     changed = dict(trained.result())
     report.layers = [

@@ -1,0 +1,12 @@
+"""Models and texts that the tests of this folder share."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tiny.Bench:
+    return tiny.Bench(tmp_path_factory.mktemp("bench"))
