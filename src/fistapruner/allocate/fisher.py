@@ -76,13 +76,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class DensePasses:
-    """How passes of the dense model are carried out.
-
-    Args:
-        store: makes the stores of hidden states between decoder layers.
-        batch_size: windows in one pass.
-        tick: receives progress: (what, steps done, steps in all).
-    """
+    """How the dense model is passed; ``store`` makes the stores of hidden states between layers."""
 
     store: Store
     batch_size: int = 4

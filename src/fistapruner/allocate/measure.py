@@ -36,16 +36,16 @@ SHARE = 4
 def check_allocation(recipe: Recipe) -> None:
     """Refuse a measured allocation that the sparsity or the structure does not allow, and a bad workload."""
     kind, pattern = measured_by(recipe), recipe.sparsity
+    what, fault = f"allocation {recipe.allocation!r}" if kind else "weighting 'fisher'", None
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
-            f"removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+        fault = f"where experts are removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+    elif kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
+        fault = (
+            f"with {pattern}: it distributes zeros, so give an unstructured --sparsity such as 50% (error also takes "
+            "n:m), or allocation uniform"
         )
-    if kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {pattern}: it distributes zeros, so give an "
-            "unstructured --sparsity such as 50% (error also takes n:m), or allocation uniform"
-        )
+    if fault is not None:
+        raise FistaPrunerError(f"{what} cannot be used {fault}")
     _workload(recipe)
 
 

@@ -157,14 +157,13 @@ def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
         chosen[name].check(operator.columns, name)
         if not recipe.low_rank or not chosen[name].zeros(operator.rows, operator.columns):
             continue
+        rows, columns, rank, fault = operator.rows, operator.columns, recipe.low_rank, None
         if operator.experts:
-            raise FistaPrunerError(
-                f"low_rank {recipe.low_rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore "
-                "[re:experts], or prune without low_rank"
-            )
-        if recipe.low_rank > (most := min(shape := (operator.rows, operator.columns))):
-            said = f"its low-rank part has a rank from 0 to {most}, not {recipe.low_rank}"
-            raise FistaPrunerError(f"{name} is {shape[0]} x {shape[1]}: {said}")
+            fault = f"PEFT has no LoRA for {name}: leave such operators dense with ignore [re:experts]"
+        elif rank > (most := min(rows, columns)):
+            fault = f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {most}, not {rank}"
+        if fault is not None:
+            raise FistaPrunerError(f"low_rank {rank}: {fault}")
     return chosen
 
 
