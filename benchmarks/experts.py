@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fistapruner.core.linalg import has_bf16_units
 from fistapruner.models.source import resolve_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def train(texts: list[str], folder: Path, *, steps: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         batch = tokens[torch.randint(len(tokens), (16,))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_units(torch.device("cpu"))):
             loss = model(batch, labels=batch, output_router_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,7 +1,5 @@
 """Shared set-up: the tests' folder is importable, nothing asks a network, output stays readable."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import os
@@ -25,45 +23,30 @@ hypothesis.settings.load_profile("same")  # the same inputs in every run; a fuzz
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_disk() -> Iterator[None]:
-    """Files are left to the system to write: a tiny run waits for the disk longer than it computes.
+def _quick_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What takes longer than the rest of a tiny run is left out, and the user's cache is left alone.
 
-    Processes that tests start, such as those of tests/faults, write as users do.
+    Files are left to the system to write; processes that tests start, such as those of tests/faults, write as users do.
+    Sample prompts have short continuations. Converted GGUF files go with the other files of the tests.
     """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", os.fstat)  # it still takes no descriptor of a closed file
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted GGUF files are kept apart from the user's, and go with the other files of the tests."""
-    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> None:
-    """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run."""
+def _quick_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Garbage is looked for among what a file's tests make: to look through PyTorch takes as long as a tiny run.
+
+    So does the drawing of pages, which have their drawings in tests of reporting only.
+    """
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pages without their drawings, which take longer than the rest of a tiny run; those of figures draw them."""
     with pytest.MonkeyPatch.context() as patched:
         if request.path.stem not in ("test_page", "test_browser"):
             patched.setenv("FISTAPRUNER_FIGURES", "0")
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _short_samples() -> Iterator[None]:
-    """Short continuations of the sample prompts, which take longer than the rest of an evaluation of a tiny model."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fistapruner.measure.run.NEW_TOKENS", 3)
         yield
 
 

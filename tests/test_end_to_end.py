@@ -1,7 +1,5 @@
 """From a checkpoint to a pruned checkpoint that transformers loads, for many architectures, through the public API."""
 
-from __future__ import annotations
-
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,34 +8,28 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
 from fistapruner.core import NM
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
-
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
-
 
 SOME = ("gpt2", "llama", "opt", "phi3")
 """Transposed, separate, biased and fused operators; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.ARCHITECTURES]
-)
+@pytest.mark.parametrize("architecture", tiny.quick_first(tiny.ARCHITECTURES, SOME))
 def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
     hard = {"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}
-    report = fp.prune(str(folder), tmp_path / "run", sparsity="2:4", method="wanda+refit", calibration=SMALL, **hard)
+    report = fp.prune(
+        str(folder), tmp_path / "run", sparsity="2:4", method="wanda+refit", calibration=tiny.SMALL, **hard
+    )
     assert report.status == "finished"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    source = AutoModelForCausalLM.from_pretrained(folder).eval()
-    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    model = tiny.loaded(tmp_path / "run" / "model")
+    source = tiny.loaded(folder)
+    layout = discover(tiny.opened(folder))
     pruned = set()
     for name, operator in layout.operators():
         index = int(name.removeprefix(layout.layers_name + ".").partition(".")[0])
@@ -58,7 +50,7 @@ def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architec
 
 def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(tmp_path: Path) -> None:
     folder = tiny.save_image_text(tmp_path / "model")
-    recipe = {"sparsity": "2:4", "method": "wanda+refit", "calibration": SMALL}
+    recipe = {"sparsity": "2:4", "method": "wanda+refit", "calibration": tiny.SMALL}
     assert fp.prune(str(folder), tmp_path / "run", **recipe).status == "finished"
     out = tmp_path / "run" / "model"
     assert (out / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
@@ -86,46 +78,28 @@ def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(t
     assert all(NM(2, 4).satisfies(tensor) for name, tensor in trained.items() if fnmatch(name, linear))
 
 
-def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(
-        str(folder),
-        tmp_path / "run",
-        method="wanda",
-        calibration=SMALL,
-        targets=["re:mlp"],
-        ignore=["re:layers\\.1\\.", "down_proj"],
-    )
-    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
-    assert names == {f"model.layers.{index}.mlp.{kind}" for index in (0, 2) for kind in ("gate_proj", "up_proj")}
-
-
-def test_an_allocation_by_pattern_is_exact(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(
-        str(folder), tmp_path / "run", method="wanda", calibration=SMALL, allocation={"re:mlp": "70%", "o_proj": "2:4"}
-    )
-    for layer in report.layers:
-        for operator in layer.operators:
-            rows, columns = operator.shape
-            asked = fp.parse_sparsity(
-                "70%" if "mlp" in operator.name else "2:4" if "o_proj" in operator.name else "50%"
-            )
-            assert operator.zeros == asked.zeros(rows, columns), operator.name
-
-
-def test_dense_model_at_sparsity_zero(tmp_path: Path) -> None:
-    folder = tiny.save("gpt2", tmp_path / "model", dtype=torch.bfloat16)
-    fp.prune(str(folder), tmp_path / "run", sparsity=0.0, method="sparsegpt", calibration=SMALL)
-    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "run" / "model")
-    for name in before.names():
-        assert torch.equal(before.read(name), after.read(name)), name
+def test_targets_ignore_and_allocation_choose_operators_and_shards_keep_their_names(tmp_path: Path) -> None:
+    folder, index = tiny.save("llama", tmp_path / "model", shard="40KB"), "model.safetensors.index.json"
+    chosen = {"targets": ["re:mlp", "o_proj"], "ignore": ["re:layers\\.1\\.", "o_proj"]}
+    asked = {"mlp.gate_proj": "70%", "mlp.up_proj": "2:4", "mlp.down_proj": "50%"}
+    allocation = {"re:gate": "70%", "up_proj": "2:4"}
+    report = fp.prune(folder, tmp_path / "run", method="wanda", calibration=tiny.SMALL, **chosen, allocation=allocation)
+    assert [{operator.name for operator in layer.operators} for layer in report.layers] == [{*asked}, set(), {*asked}]
+    for operator in (operator for layer in report.layers for operator in layer.operators):
+        assert operator.zeros == fp.parse_sparsity(asked[operator.name]).zeros(*operator.shape), operator.name
+    out = tmp_path / "run" / "model"
+    shards, written = (sorted(path.name for path in where.glob("*.safetensors")) for where in (folder, out))
+    assert written == shards
+    assert len(shards) > 2
+    places = [json.loads((where / index).read_text())["weight_map"] for where in (folder, out)]
+    assert places[0] == places[1]
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_report_holds_what_fista_did(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     report = fp.prune(
-        str(folder), tmp_path / "run", method="fista", calibration=SMALL, evaluate="python", evaluate_windows=2
+        str(folder), tmp_path / "run", method="fista", calibration=tiny.SMALL, evaluate="python", evaluate_windows=2
     )
     stored = json.loads((tmp_path / "run" / "report.json").read_text())
     step = stored["layers"][0]["operators"][0]["steps"][-1]
@@ -167,7 +141,7 @@ def test_bad_settings_are_refused_in_one_line_before_any_work(tmp_path: Path) ->
     for settings, words in REFUSED:
         said = tiny.Said()
         with pytest.raises(fp.FistaPrunerError) as caught:
-            fp.prune(folder, tmp_path / "run", listener=said, **{"calibration": SMALL, **settings})
+            fp.prune(folder, tmp_path / "run", listener=said, **{"calibration": tiny.SMALL, **settings})
         assert not [sentence for sentence in said.sentences if sentence.startswith(("calibration:", "measuring"))]
         assert "\n" not in str(caught.value)
         assert not [word for word in words if word not in str(caught.value)], str(caught.value)
@@ -175,14 +149,13 @@ def test_bad_settings_are_refused_in_one_line_before_any_work(tmp_path: Path) ->
 
 
 def test_bad_weights_are_refused_and_what_was_pruned_before_is_kept(tmp_path: Path) -> None:
-    file = tiny.save("llama", tmp_path / "model") / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
+    with tiny.edited(tiny.save("llama", tmp_path / "model")) as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     with pytest.raises(fp.FistaPrunerError, match=r"layers\.1\.mlp\.up_proj"):
-        fp.prune(tmp_path / "model", tmp_path / "run", method="wanda", calibration=SMALL)
+        fp.prune(tmp_path / "model", tmp_path / "run", method="wanda", calibration=tiny.SMALL)
     assert (tmp_path / "run" / "layers" / "0000.json").exists()
     assert not (tmp_path / "run" / "model").exists()
+    file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(fp.FistaPrunerError, match=r"model\.safetensors"):
-        fp.prune(tmp_path / "model", tmp_path / "other", calibration=SMALL)
+        fp.prune(tmp_path / "model", tmp_path / "other", calibration=tiny.SMALL)

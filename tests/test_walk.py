@@ -1,7 +1,5 @@
 """How many own files a reader needs for one prune and one recover; docs/walk.md lists them."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,10 +1,9 @@
 """Tiny randomly initialised models of many architectures, saved as Hugging Face folders; what their runs say."""
 
-from __future__ import annotations
-
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
 from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layers import LayerwiseModel
 from fistapruner.runs.log import Listener
 from fistapruner.runs.records import LayerEntry, load_run
 
@@ -42,6 +43,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
 }
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+"""A short calibration text."""
 
 ROUTED = {**GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
@@ -92,22 +96,25 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 Gemma 4's experts and router stand in the decoder layer itself.
 """
 
-LLAMA = ("self_attn.o_proj", "mlp.down_proj")
-ADDING = {
-    "llama": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "mistral": LLAMA,
-    "phi3": LLAMA,
-    "opt": ("self_attn.out_proj", "fc2"),
-    "phi": ("self_attn.dense", "mlp.fc2"),
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "gemma2": (),  # another norm comes between
-    "gemma3": (),
+MLP = {
+    "opt": (("fc1",), "fc2"),
+    "phi": (("mlp.fc1",), "mlp.fc2"),
+    "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
+    "phi3": (("mlp.gate_up_proj",), "mlp.down_proj"),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom"), (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
 }
+MLP = {each: MLP.get(each, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")) for each in ARCHITECTURES}
+"""The operators that write the channels of an MLP, and the one that reads them."""
+
+ATTENTION = {
+    "opt": "self_attn.out_proj",
+    "phi": "self_attn.dense",
+    "gpt_neox": "attention.dense",
+    "gpt2": "attn.c_proj",
+}
+ATTENTION |= dict.fromkeys(("falcon", "bloom"), "self_attention.dense")
+ADDING = {each: (ATTENTION.get(each, "self_attn.o_proj"), MLP[each][1]) for each in ARCHITECTURES}
+ADDING |= dict.fromkeys(("gemma2", "gemma3"), ())  # another norm comes between
 """The operators of a decoder layer whose output is added to the hidden states."""
 
 
@@ -115,6 +122,11 @@ def need_transformers(release: str) -> None:
     """Skip the test or file where transformers is older: the package takes it, but it does not yet what they say."""
     if Version(transformers.__version__) < Version(release):
         pytest.skip(f"needs transformers {release}", allow_module_level=True)
+
+
+def quick_first(names: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Cases of a test, the others than quick ones marked as slow."""
+    return [pytest.param(each, marks=() if each in quick else pytest.mark.slow) for each in names]
 
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -166,8 +178,12 @@ def save(
     **changes: Any,
 ) -> Path:
     """Save a tiny model with its tokenizer, under its names of today where not ``original``; returns the folder."""
-    model = build(architecture, **changes).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard, save_original_format=original)
+    return store(build(architecture, **changes).to(dtype), folder, max_shard_size=shard, save_original_format=original)
+
+
+def store(model: Any, folder: Path, **settings: Any) -> Path:
+    """Save a model with a tokenizer; returns the folder."""
+    model.save_pretrained(folder, **settings)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -177,8 +193,36 @@ def save_unused_expert(folder: Path, expert: int) -> Path:
     model = build("gpt_oss")
     for layer in model.model.layers:
         layer.mlp.router.bias.data[expert] = -1e4
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    return store(model, folder)
+
+
+def loaded(folder: Path, **settings: Any) -> Any:
+    """The whole model of a checkpoint, by transformers."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+
+
+def opened(folder: Path, dtype: torch.dtype | None = None) -> LayerwiseModel:
+    """The model of a checkpoint without its weights."""
+    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def edited(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint of one file, which are stored again as the block leaves them."""
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder: Path, **entries: Any) -> Path:
+    """Change entries of a checkpoint's config; returns the folder."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
     return folder
 
 
@@ -196,22 +240,18 @@ def save_image_text(folder: Path) -> Path:
     tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 4}
     torch.manual_seed(0)
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False)
-    spread(transformers.AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    store(spread(transformers.AutoModelForImageTextToText.from_config(config)), folder)
     (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
     return folder
 
 
 def store_head(folder: Path, head: str) -> Path:
     """Store the head of a tied llama with ``"other"`` values beside the embedding, ``"equal"`` ones, or ``"alone"``."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
-    if head == "alone":
-        del tensors["model.embed_tokens.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited(folder) as tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
+        if head == "alone":
+            del tensors["model.embed_tokens.weight"]
     return folder
 
 
@@ -260,6 +300,14 @@ def begin(model: str | Path, out: str | Path, layers: int = 1, **settings: Any) 
     with pytest.raises(KeyboardInterrupt):
         fp.prune(model, out, listener=Stops(layers), **settings)
     return load_run(Path(out))
+
+
+def prune(
+    place: Path, architecture: str = "llama", changes: dict[str, Any] | None = None, **settings: Any
+) -> fp.Report:
+    """Save a tiny model as ``model`` and prune it to ``run``, on a short text if none is given; returns the report."""
+    model = save(architecture, place / "model", **(changes or {}))
+    return fp.prune(model, place / "run", **{"calibration": SMALL, **settings})
 
 
 def free_port() -> int:

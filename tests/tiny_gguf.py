@@ -1,7 +1,5 @@
 """A tiny Llama as a GGUF file, written with the ``gguf`` package, and the model that the file must become."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

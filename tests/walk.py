@@ -3,8 +3,6 @@
 PYTHONPATH=tests python tests/walk.py > docs/walk.md
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import inspect
@@ -59,15 +57,14 @@ def walks(folder: Path) -> dict[str, list[str]]:
 
     Each command runs twice, and the second time counts: what a first import does is no step of a run.
     """
-    model = tiny.save("llama", folder / "model")
-    text = ["--samples", "2", "--seqlen", "16"]
+    model = tiny.save("llama", folder / "model", num_hidden_layers=2)
     found: dict[str, list[str]] = {}
-    for number in (1, 2):
+    for number, step in enumerate((main, entered)):
         run = folder / f"run-{number}"
-        prune = ["prune", str(model), "--calibration", "python", *text, "--evaluate", "none"]
-        found["prune"] = entered([*prune, "--out", str(run), "--quiet"])
+        prune = ["prune", str(model), "--calibration", "python", "--samples", "2", "--seqlen", "16"]
         recover = ["recover", str(run), "--data", "python", "--set", "data.seqlen=16", "--tokens", "400"]
-        found["recover"] = entered([*recover, "--evaluate", "none", "--out", f"{run}-recovered", "--quiet"])
+        for words, out in ((prune, run), (recover, folder / f"run-{number}-recovered")):
+            found[words[0]] = step([*words, "--evaluate", "none", "--out", str(out), "--quiet"])
     return found
 
 

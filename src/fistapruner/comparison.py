@@ -283,7 +283,7 @@ class _Rows:
     def row(self, job: _Job, comparison: Comparison, shared: Recipe) -> CompareRow:
         """Make one row, which says why where it has no figures; tell ``comparison`` what all share."""
         row = CompareRow(
-            method=job.recipe.method_name,
+            method="+".join(step.name for step in job.recipe.method),
             label=job.label,
             sparsity=str(job.recipe.sparsity),
             seed=job.seed,

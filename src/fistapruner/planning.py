@@ -39,7 +39,7 @@ from .runtime.devices import cpu_threads, free_device_memory, free_memory, peak_
 from .runtime.files import existing_folder
 from .runtime.numerics import ordered_attention, windows_at_once
 from .runtime.show import align_columns, counted, duration, size
-from .solvers.base import Method, solve
+from .solvers.base import Method
 from .solvers.low_rank import solve_low_rank
 from .structure.units import HEADS
 from .text import SELF, calibration_length
@@ -251,7 +251,7 @@ class Bound:
         sums = gram + weight + {None: 0, "inputs": 2 * gram, "outputs": weight + gram}[drift_from]
         solving = weight * (1 + drifts) * (1 + weighs_rows(recipe))
         solving += max(
-            solve_bytes(operator.rows, n, pattern, tuple(recipe.steps), str(self.model.device), drifts, recipe.low_rank)
+            solve_bytes(operator.rows, n, pattern, recipe.method, str(self.model.device), drifts, recipe.low_rank)
             for operator in group
             for pattern in [self.context.sparsity[self.layout.full_name(index, operator)]]
         )
@@ -446,5 +446,5 @@ def solve_bytes(
     problem = LayerProblem(weight, activations.T @ activations / len(activations), *drifts).to(torch.device(device))
     held = 4 * (small * small + few * small * (1 + drift))
     rank = min(ranks, small, few)
-    peak = peak_bytes(lambda: solve_low_rank(problem, pattern, steps, rank) if rank else solve(problem, pattern, steps))
+    peak = peak_bytes(lambda: solve_low_rank(problem, pattern, steps, rank))
     return int((held + peak) * scale**2)

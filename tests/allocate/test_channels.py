@@ -1,7 +1,5 @@
 """Orders of channels and rotations of heads: against brute force and whole matrices, and runs that use them."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations, product
 from pathlib import Path
@@ -24,8 +22,7 @@ from fistapruner.allocate.channels import (
 )
 from fistapruner.core import NM, Constraint
 from fistapruner.measure.inspection import inspect_checkpoint
-from fistapruner.models.checkpoint import Checkpoint, reorder
-from fistapruner.models.layers import LayerwiseModel
+from fistapruner.models.checkpoint import reorder
 from fistapruner.models.links import Link
 from fistapruner.models.operators import Operator, discover
 from fistapruner.runs.directory import PruneDirectory
@@ -89,25 +86,22 @@ def test_a_pattern_keeps_more_of_rotated_channels_than_of_reordered_ones(repeats
     """Inputs of a head are correlated, as those of attention are."""
     pattern, blocks, channels = NM(2, 4), 2, 8
     link = Link(("v_proj",), reads(blocks * repeats * channels), blocks, repeats, rotates=True)
-    for seed in range(1):
-        torch.manual_seed(seed)
-        mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
-        inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
-        reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
-        writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
-        rotation = head_rotation(link, reader, gram, pattern, writer, energy)
-        exact = rotation.double()
-        torch.testing.assert_close(
-            exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0
-        )
-        assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
-        scores = reader.square() * gram.diagonal()
-        order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
-        reordered = kept_share(scores[:, link.places(order)[1]], pattern)
-        after = reorder(reader, 1, rotation).square() * rotated_energy(link, gram, rotation)
-        assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
-        made = reorder(writer, 0, rotation).square() * energy
-        assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
+    torch.manual_seed(0)
+    mixing = torch.randn(channels, channels) * torch.logspace(0, -1, channels)
+    inputs = (torch.randn(400, blocks * repeats, channels) @ mixing.T).flatten(1)
+    reader, gram = torch.randn(24, inputs.shape[1]), inputs.T @ inputs
+    writer, energy = torch.randn(blocks * channels, 32), torch.rand(32)
+    rotation = head_rotation(link, reader, gram, pattern, writer, energy)
+    exact = rotation.double()
+    torch.testing.assert_close(exact.mT @ exact, torch.eye(channels).double().expand(blocks, -1, -1), atol=1e-6, rtol=0)
+    assert torch.equal(rotation, head_rotation(link, reader, gram, pattern, writer, energy))
+    scores = reader.square() * gram.diagonal()
+    order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
+    reordered = kept_share(scores[:, link.places(order)[1]], pattern)
+    after = reorder(reader, 1, rotation).square() * rotated_energy(link, gram, rotation)
+    assert kept_share(after, pattern) > max(reordered, kept_share(scores, pattern))
+    made = reorder(writer, 0, rotation).square() * energy
+    assert kept_share(made, pattern) > kept_share(writer.square() * energy, pattern)
     energy[16:] = 0.0  # what no input reaches decides nothing
     moved = torch.cat([writer[:, :16], 10 * torch.randn(blocks * channels, 16)], 1)
     rotation, same = (head_rotation(link, reader, gram, pattern, each, energy) for each in (writer, moved))
@@ -154,7 +148,7 @@ def test_weights_of_rotated_rows_are_those_of_independent_gradients() -> None:
 
 def test_shares_are_those_of_squared_weights_times_mean_squared_inputs(tmp_path: Path) -> None:
     """Against whole matrices in fp64, and with weights and Grams whose memory is used again after each group."""
-    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    model = tiny.opened(tiny.save("llama", tmp_path / "model"))
     layout = discover(model)
     sparsity: dict[str, Constraint] = {name: NM(2, 4) for name, _ in layout.operators()}
     torch.manual_seed(0)
@@ -189,55 +183,25 @@ def test_shares_are_those_of_squared_weights_times_mean_squared_inputs(tmp_path:
         assert found[0].permuted[layer + name] == pytest.approx(shares, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-def test_a_run_reorders_everything_that_belongs_together(tmp_path: Path, architecture: str) -> None:
-    """With the weights that pruning removed put back, the model must answer as the dense one does."""
-    folder = tiny.save(architecture, tmp_path / "model")
-    consumer = {"opt": "fc2", "gpt2": "mlp.c_proj"}.get(architecture, "mlp.down_proj")
-    settings = {
-        "sparsity": "2:4",
-        "method": "magnitude",
-        "permutation": "channels",
-        "targets": [consumer],
-        "calibration": SMALL,
-    }
-    report = fp.prune(str(folder), tmp_path / "run", **settings)
-    assert len(report.permuted) == 3
-    assert all(after > before for before, after in report.permuted.values())
-    source = AutoModelForCausalLM.from_pretrained(folder).eval()
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    changed = [
-        name for name, tensor in source.state_dict().items() if not torch.equal(tensor, pruned.state_dict()[name])
-    ]
-    assert any("bias" in name for name in changed) == (architecture != "llama")
-    for name, module in source.named_modules():
-        if name.endswith("." + consumer):
-            put_back(module, pruned.get_submodule(name))
-    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
-    torch.testing.assert_close(pruned(tokens).logits, source(tokens).logits, rtol=1e-4, atol=1e-4)
-
-
-def put_back(dense: torch.nn.Module, pruned: torch.nn.Module) -> None:
-    """Give a pruned operator its dense weights in its own order of columns, which the weights that are left tell."""
-    transposed = type(dense).__name__ == "Conv1D"
-    before, after = (module.weight.data.T if transposed else module.weight.data for module in (dense, pruned))
-    kept = after != 0
-    differences = [((after[:, [new]] - before).abs() * kept[:, [new]]).sum(0).argmin() for new in range(after.shape[1])]
-    order = torch.stack(differences)
-    assert sorted(order.tolist()) == list(range(after.shape[1]))
-    assert torch.equal(after, before[:, order] * kept)
-    after.copy_(before[:, order])
-
-
 @pytest.mark.parametrize(
-    ("architecture", "dtype"), [("llama", torch.float32), ("opt", torch.bfloat16), ("qwen2", torch.bfloat16)], ids=str
+    ("architecture", "dtype", "consumer", "tensors"),
+    [
+        ("llama", torch.float32, "self_attn.o_proj", 2),
+        ("opt", torch.bfloat16, "self_attn.out_proj", 3),  # with the bias of what makes the channels
+        ("qwen2", torch.bfloat16, "self_attn.o_proj", 3),
+        ("llama", torch.float32, "mlp.down_proj", 3),
+        ("opt", torch.float32, "fc2", 3),
+        ("gpt2", torch.float32, "mlp.c_proj", 3),
+    ],
+    ids=str,
 )
-def test_a_run_rotates_what_belongs_together(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
-    """With all of the rotated weights put back, the pruned model answers as the dense one does."""
-    folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
-    consumer = "self_attn.out_proj" if architecture == "opt" else "self_attn.o_proj"
-    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
-    report = fp.prune(folder, tmp_path / "run", targets=[consumer, "v_proj"], **settings)
+def test_a_run_rotates_or_reorders_what_belongs_together(
+    tmp_path: Path, architecture: str, dtype: torch.dtype, consumer: str, tensors: int
+) -> None:
+    """With all of the weights put back in their new order, the pruned model answers as the dense one does."""
+    folder, pruned_operators = tiny.save(architecture, tmp_path / "model", dtype=dtype), (consumer, "v_proj")
+    targets = pruned_operators if "attn" in consumer else (consumer,)
+    report = fp.prune(folder, tmp_path / "run", targets=targets, **RUN)
     assert len(report.permuted) == 3
     assert all(name.endswith(consumer) and after > before for name, (before, after) in report.permuted.items())
     dense, pruned = (
@@ -245,31 +209,32 @@ def test_a_run_rotates_what_belongs_together(tmp_path: Path, architecture: str, 
         for path in (folder, tmp_path / "run" / "model")
     )
     orders = PruneDirectory(tmp_path / "run").orders()
-    assert len(orders) == 3 * (2 if architecture == "llama" else 3)  # with the bias of what makes the channels
+    assert len(orders) == 3 * tensors
     state, found = dense.state_dict(), pruned.state_dict()
     for stored, (dim, order) in orders.items():
+        assert (order.ndim == 3) == ("attn" in consumer)  # heads are rotated
         name = next(key for key in found if key.endswith(stored))
-        rotated, kept = reorder(state[name].to(dtype), dim, order).float(), found[name] != 0
-        assert torch.equal(found[name], rotated * kept)
-        assert kept.all() == name.endswith("bias")
-        found[name].copy_(rotated)
-    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
+        changed, kept = reorder(state[name].to(dtype), dim, order).float(), found[name] != 0
+        assert torch.equal(found[name], changed * kept)
+        assert kept.all() != name.removesuffix(".weight").endswith(pruned_operators)
+        assert not torch.equal(changed, state[name])
+        found[name].copy_(changed)
+    tokens = tiny.tokens(2, 12)
     difference = pruned(tokens).logits - dense(tokens).logits  # rotated weights are rounded once more
     assert difference.norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * dense(tokens).logits.norm()
 
 
-def test_rows_that_keep_their_zeros_are_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_keep_their_zeros_are_not_rotated(tmp_path: Path) -> None:
     """Only their order changes, where another run pruned them, or where they get no zeros."""
-    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
     folder = tiny.save("llama", tmp_path / "model")
-    fp.prune(folder, tmp_path / "first", targets=["v_proj"], **settings)
-    fp.prune(tmp_path / "first" / "model", tmp_path / "second", targets=["o_proj"], **settings)
+    fp.prune(folder, tmp_path / "first", targets=["v_proj"], **RUN)
+    fp.prune(tmp_path / "first" / "model", tmp_path / "second", targets=["o_proj"], **RUN)
     orders = PruneDirectory(tmp_path / "second").orders()
     assert len(orders) == 6
     assert all(order.ndim == 1 for _, order in orders.values())
     assert not inspect_checkpoint(tmp_path / "second" / "model").violations
     rule = {"self_attn.v_proj": "0%"}
-    fp.prune(folder, tmp_path / "dense", targets=["v_proj", "o_proj"], allocation=rule, **settings)
+    fp.prune(folder, tmp_path / "dense", targets=["v_proj", "o_proj"], allocation=rule, **RUN)
     assert all(order.ndim == 1 for _, order in PruneDirectory(tmp_path / "dense").orders().values())
 
 

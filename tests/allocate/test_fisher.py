@@ -1,20 +1,15 @@
 """Sensitivities measured layer by layer, against automatic differentiation of the whole model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
 from fistapruner.allocate.fisher import DensePasses, draw_labels, measure_sensitivity, row_importance
 from fistapruner.allocate.measure import decide
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.passes.store import scratch_factory as store
 
@@ -22,8 +17,7 @@ WINDOWS, SEQLEN = 3, 12
 PASSES = DensePasses(store(None, torch.float32))
 
 
-def tokens() -> Tensor:
-    return torch.randint(3, tiny.VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(3))
+TOKENS = tiny.tokens(WINDOWS, SEQLEN, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -33,13 +27,13 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     folder = tiny.save(
         architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {})
     )
-    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = tiny.opened(folder)
     layout = discover(skeleton)
     passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
-    found = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5)
+    found = measure_sensitivity(skeleton, layout, TOKENS, passes, seed=5)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = tiny.loaded(folder)
     grads: dict[str, Tensor] = {}
     names = [name for name, _ in layout.operators()]
     names += [f"{layout.layers_name}.{index}" for index in range(len(skeleton))]
@@ -56,7 +50,7 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     for name in names:
         target = name if name in prefixed else f"{model.base_model_prefix}.{name}"
         model.get_submodule(target).register_forward_hook(hook(name))
-    logits = model(input_ids=tokens()).logits
+    logits = model(input_ids=TOKENS).logits
     # The same draws: a uniform number for each token, from one generator.
     uniform = torch.rand(WINDOWS, SEQLEN, 1, generator=torch.Generator().manual_seed(5))
     drawn = (torch.softmax(logits.detach().double(), -1).cumsum(-1) < uniform).sum(-1)
@@ -80,36 +74,25 @@ def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
 
 @pytest.mark.parametrize("allocation", ["owl", "error"])
 def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Path, allocation: str) -> None:
-    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = tiny.opened(tiny.save("llama", tmp_path / "model"))
     layout = discover(skeleton)
     recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "reconstruct": 2})
-    first, second = (decide(recipe, layout, skeleton, tokens(), {}, PASSES) for _ in range(2))
+    first, second = (decide(recipe, layout, skeleton, TOKENS, {}, PASSES) for _ in range(2))
     assert first.sparsity == second.sparsity
-    assert first.sparsity is not None
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     assert sum(first.sparsity[name].zeros(1, size) for name, size in sizes.items()) == sum(
         round(0.6 * size) for size in sizes.values()
     )
     assert len({pattern.fraction for pattern in first.sparsity.values()}) > 1
-    assert first.metrics is not None
     assert [tuple(metric.shape) for metric in first.metrics] == [(skeleton.width, skeleton.width)] * len(skeleton)
 
 
-@pytest.mark.parametrize("silent", ["down_proj"])
-def test_operators_that_reach_no_prediction_are_pruned_by_the_default_method(tmp_path: Path, silent: str) -> None:
+def test_operators_that_reach_no_prediction_are_pruned_by_the_default_method(tmp_path: Path) -> None:
     model = tiny.build("llama")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if silent in name and ".1." in name:
-                weight.zero_()
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    report = prune(
-        str(tmp_path / "model"),
-        tmp_path / "run",
-        sparsity="50%",
-        calibration={"source": "python", "samples": 4, "seqlen": 16},
-    )
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    folder = tiny.store(model, tmp_path / "model")
+    report = prune(folder, tmp_path / "run", sparsity="50%", calibration=tiny.SMALL)
     assert report.totals.operator_zeros >= 0.5 * report.totals.operator_weights
 
 
@@ -118,12 +101,11 @@ def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     model = tiny.build("llama", rms_norm_eps=1e-38)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    folder = tiny.store(model, tmp_path / "model")
     with pytest.raises(
         FistaPrunerError, match=r"layers\.\d.*: the gradients of the predictions are NaN or infinite in float32 passes"
     ):
-        prune(str(tmp_path / "model"), tmp_path / "run", calibration={"source": "python", "samples": 4, "seqlen": 16})
+        prune(folder, tmp_path / "run", calibration=tiny.SMALL)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +119,9 @@ def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str, str], weighed: bool) -> None:
-    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = tiny.opened(tiny.save("llama", tmp_path / "model"))
     layout = discover(skeleton)
-    found = decide(Recipe.build(settings), layout, skeleton, tokens(), {}, PASSES)
+    found = decide(Recipe.build(settings), layout, skeleton, TOKENS, {}, PASSES)
     assert found.metrics is None
     assert (found.importance is not None) == weighed
     for name, operator in layout.operators() if found.importance else ():

@@ -1,7 +1,5 @@
 """Properties that every constraint has, a newcomer's too; texts; exact selection."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import re
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from fistapruner import FistaPrunerError
 from fistapruner.core import NM, Constraint, Stacked, Unstructured, parse_sparsity
-from fistapruner.core.constraints import KINDS, Scope, counted_sparsity, patterns_met, stack
+from fistapruner.core.constraints import KINDS, Scope, counted_sparsity, stack
 from fistapruner.core.selection import GroupThreshold, SampledThreshold, keep_largest, keep_n_of_m
 from layer_problems import EXAMPLES, every_constraint, registered
 
@@ -46,7 +44,6 @@ def test_messages_name_forms_that_are_read() -> None:
             for form in kind.forms:
                 assert form in str(refused.value)
                 example = re.search(r"\((.*)\)", form)
-                assert example is not None
                 assert isinstance(parse_sparsity(example[1]), kind)
 
 
@@ -235,12 +232,6 @@ def test_a_stack_has_a_constraint_for_each_operator() -> None:
     assert stack("2:4", (4, 6)).constraints == (NM(2, 4), NM(2, 4))
     with pytest.raises(FistaPrunerError, match="1 constraints, 2 numbers of rows and 2 names"):
         Stacked((NM(2, 4),), (4, 6))
-
-
-def test_the_sparsest_pattern_for_each_length_is_found() -> None:
-    weight = torch.tensor([[1.0, 0, 0, 2, 0, 0, 0, 3], [0, 1, 0, 0, 0, 1, 0, 0]])
-    assert patterns_met(weight, 8) == [NM(1, 2), NM(2, 4), NM(3, 8)]
-    assert patterns_met(torch.ones(2, 8), 8) == []
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (40, 60), (600, 700)])

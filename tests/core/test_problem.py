@@ -1,11 +1,9 @@
 """The layer problem equals its definition on explicit activations, in fp64."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -62,7 +60,6 @@ def test_errors_and_gradient_are_those_of_the_activations(case: tuple[float, int
     pruned = (data.weight * (data.weight.abs() > 0.5)).double().requires_grad_()
     rows, weight = data.row_errors(pruned), pruned.detach().float()
     rows.sum().backward()
-    assert pruned.grad is not None
     torch.testing.assert_close(problem.gradient(weight).double(), pruned.grad / 2, rtol=1e-4, atol=1e-4)
     expected, energy = rows.detach(), float(data.energy().sum())
     torch.testing.assert_close(problem.row_errors(weight), expected, rtol=1e-4, atol=1e-5)
@@ -123,8 +120,6 @@ def test_batches_add_up_and_bf16_activations_lose_nothing() -> None:
         assert problem.tokens == TOKENS
         torch.testing.assert_close(problem.gram.double(), exact, rtol=1e-5, atol=1e-5)
         assert torch.equal(problem.gram, problem.gram.T)
-        assert problem.drift is not None
-        assert kept.drift is not None
         assert torch.equal(kept.gram, problem.gram)
         assert torch.equal(kept.drift, problem.drift)
         torch.testing.assert_close(problem.drift.double(), drift / 2, rtol=0, atol=0.01 * float(exact.max()))
@@ -207,7 +202,7 @@ def test_weighted_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("given", "message"),
     [
         ({"gram": torch.zeros(3, 3)}, r"gram is \(3, 3\), expected \(10, 10\)"),
         ({"drift": torch.zeros(ROWS, INPUTS)}, "drift and drift_energy"),
@@ -216,27 +211,21 @@ def test_weighted_rows() -> None:
         ({"weight": torch.ones(ROWS, INPUTS, dtype=torch.int8)}, r"weight is torch\.int8"),
         ({"gram": torch.eye(INPUTS).numpy()}, "gram is ndarray"),
         ({"gram": torch.eye(INPUTS, device="meta")}, "weight is on cpu, its gram on meta"),
+        ([torch.ones(2, 3), torch.ones(5, 4)], r"inputs is \(5, 4\), expected \(5, 3\)"),
+        ([torch.ones(2, 3), torch.ones(1, 5, 3)], r"inputs is \(1, 5, 3\)"),
+        ([torch.ones(2, 3), torch.ones(5, 3), torch.ones(4, 3)], r"dense_inputs is \(4, 3\), expected \(5, 3\)"),
+        ([torch.ones(2, 3), *[torch.ones(5, 3)] * 3], r"residual is \(5, 3\), expected \(5, 2\)"),
+        ([torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(5, 2)], "residual .* without dense_inputs"),
+        ([torch.eye(3) / 0, torch.ones(5, 3)], "the weights contain NaN"),
+        ([torch.ones(2, 3), torch.ones(5, 3) / 0], "the Gram .* NaN or infinite"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(change: dict[str, object], message: str) -> None:
-    fields: dict[str, object] = {"weight": draw().weight, "gram": torch.eye(INPUTS), "name": "fc1"}
+def test_tensors_that_do_not_fit_are_named(given: Any, message: str) -> None:
+    """Those of a problem by name, and activations in the order of the call."""
+    fields = {"weight": draw().weight, "gram": torch.eye(INPUTS), **given} if isinstance(given, dict) else {}
+    make, arguments = (LayerProblem, ()) if fields else (LayerProblem.from_activations, given)
     with pytest.raises(FistaPrunerError, match=f"fc1: .*{message}"):
-        LayerProblem(**{**fields, **change})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 3), (5, 4)), r"inputs is \(5, 4\), expected \(5, 3\)"),
-        (((2, 3), (1, 5, 3)), r"inputs is \(1, 5, 3\)"),
-        (((2, 3), (5, 3), (4, 3)), r"dense_inputs is \(4, 3\), expected \(5, 3\)"),
-        (((2, 3), (5, 3), (5, 3), (5, 3)), r"residual is \(5, 3\), expected \(5, 2\)"),
-        (((2, 3), (5, 3), None, (5, 2)), "residual .* without dense_inputs"),
-    ],
-)
-def test_activations_that_do_not_fit_are_named(shapes: tuple[tuple[int, ...] | None, ...], message: str) -> None:
-    with pytest.raises(FistaPrunerError, match=f"fc1: .*{message}"):
-        LayerProblem.from_activations(*(None if s is None else torch.ones(s) for s in shapes), name="fc1")  # type: ignore[arg-type]
+        make(*arguments, **fields, name="fc1")
 
 
 def test_other_types_and_gradients_become_plain_fp32() -> None:
@@ -246,22 +235,11 @@ def test_other_types_and_gradients_become_plain_fp32() -> None:
     other = LayerProblem.from_activations(*(part.double().requires_grad_() for part in (weight, seen, dense)))
     for made in (other, LayerProblem(weight.half(), expected.gram.double(), drift, energy)):
         for tensor in (made.weight, made.gram, made.drift):
-            assert tensor is not None
             assert (tensor.dtype, tensor.requires_grad) == (torch.float32, False)
     torch.testing.assert_close(other.gram, expected.gram)
     same = LayerProblem(expected.weight, expected.gram)
     assert same.gram.data_ptr() == expected.gram.data_ptr()  # nothing is copied that need not be
     assert expected.to("cpu").relative_error(weight) == expected.relative_error(weight)
-
-
-def test_nan_and_infinity_are_named() -> None:
-    weight, seen = draw()[:2]
-    for spoilt, inputs, message in (
-        (weight.clone().index_fill(0, torch.tensor([5]), torch.nan), seen, "weights contain NaN"),
-        (weight, seen.clone().index_fill(0, torch.tensor([0]), torch.inf), "Gram .* NaN or infinite"),
-    ):
-        with pytest.raises(FistaPrunerError, match=f"fc1: the {message}"):
-            LayerProblem.from_activations(spoilt, inputs, name="fc1")
 
 
 def test_damping_is_raised_step_by_step_and_told() -> None:

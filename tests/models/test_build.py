@@ -1,8 +1,5 @@
 """A config that describes no model is refused; whole models run in the precision of passes layer by layer."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,6 @@ from fistapruner.models.source import load_tokenizer
 from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
-
-
-def change(folder: Path, **entries: Any) -> Path:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
-    return folder
 
 
 AUDIO = {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2", **tiny.SIZES}}
@@ -53,9 +44,9 @@ def test_a_wrong_config_is_refused_by_name(tmp_path: Path, wrong: str) -> None:
     tiny.build("llama").save_pretrained(tmp_path)
     if wrong in ("sound and text", "encoder and decoder"):
         (tmp_path / "config.json").write_text("{}")
-    change(tmp_path, **entries)
+    tiny.configure(tmp_path, **entries)
     with pytest.raises(FistaPrunerError, match=said) as caught:
-        LayerwiseModel(Checkpoint.open(tmp_path), CPU)
+        tiny.opened(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -72,7 +63,7 @@ def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
     assert before_ampere == (torch.float32 if bf16 else stored)
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    change(folder, dtype="float32" if bf16 else "bfloat16")
+    tiny.configure(folder, dtype="float32" if bf16 else "bfloat16")
     checkpoint, model = Checkpoint.open(folder), load_whole(folder, CPU)
     assert model.dtype == LayerwiseModel(checkpoint, CPU).dtype == pass_dtype(stored, CPU)
     assert not model.training
@@ -89,8 +80,8 @@ def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
 )
 def test_a_config_does_not_choose_other_code_for_attention(tmp_path: Path, named: str, taken: str) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    change(folder, _attn_implementation=named, _experts_implementation="deepgemm")
-    for model in (load_whole(folder, CPU), LayerwiseModel(Checkpoint.open(folder), CPU).model):
+    tiny.configure(folder, _attn_implementation=named, _experts_implementation="deepgemm")
+    for model in (load_whole(folder, CPU), tiny.opened(folder).model):
         assert model.config._attn_implementation == taken
         assert model.config._experts_implementation != "deepgemm"
 

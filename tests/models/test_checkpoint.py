@@ -1,7 +1,5 @@
 """Checkpoint folders: what is read, what is refused, and what is written from them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -13,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -23,10 +22,12 @@ from fistapruner.models.write import checkpoint_folder, write_checkpoint
 from fistapruner.runtime.files import sha256_file, unfinished
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).bfloat16()
+def tiny_llama() -> Any:
+    return tiny.build("llama", vocab_size=64).bfloat16()
+
+
+LEFT = {"README.md", "modeling_x.py", "training_args.bin", "fistapruner.json", "optimizer.pt"}
+"""Files that are not copied."""
 
 
 @pytest.fixture
@@ -38,12 +39,9 @@ def single(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     tiny_llama().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    (tmp_path / "sharded" / "tokenizer.json").write_text("{}")
-    (tmp_path / "sharded" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "sharded" / "additional_chat_templates").mkdir()
     (tmp_path / "sharded" / "additional_chat_templates" / "tool.jinja").write_text("x")
-    (tmp_path / "sharded" / "LICENSE").write_text("free")
-    for name in ("README.md", "modeling_x.py", "training_args.bin", "fistapruner.json", "optimizer.pt"):
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", *LEFT):
         (tmp_path / "sharded" / name).write_text("{}")
     return tmp_path / "sharded"
 
@@ -152,8 +150,7 @@ def test_written_checkpoint_mirrors_its_source(kind: str, tmp_path: Path, reques
     assert all(torch.equal(out.read(n), source.read(n) / 2 if "mlp" in n else source.read(n)) for n in source.names())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], out.read(name)) for name in out.names())
-    left = {"README.md", "modeling_x.py", "training_args.bin", "fistapruner.json", "optimizer.pt"}
-    expected = {path.name for path in folder.iterdir()} - left
+    expected = {path.name for path in folder.iterdir()} - LEFT
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     if kind == "sharded":
         assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
@@ -282,9 +279,7 @@ def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
 
 def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
     config = json.loads((single / "config.json").read_text())
-    (single / "config.json").write_text(
-        json.dumps(config | {"text_config": {"a": 1, "b": 2}, "quantization_config": {"bits": 4}})
-    )
+    tiny.configure(single, text_config={"a": 1, "b": 2}, quantization_config={"bits": 4})
     changes = {"text_config": {"a": 3}, "rms_norm_eps": None, "new": [1], "quantization_config": {"quant_method": "x"}}
     write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing, config_changes=changes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -1,7 +1,5 @@
 """Mixtures of experts are walked, and their experts are operators, however the checkpoint stores them."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner.models.checkpoint import Checkpoint, Stack
 from fistapruner.models.experts import ExpertLinear
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover, expert_modules, linear_modules
 from fistapruner.models.write import write_checkpoint
 from fistapruner.passes.stream import check_model
@@ -25,20 +22,16 @@ FORMS = [True, False]
 """Names and forms of the published checkpoints, and those of transformers today."""
 
 
-def opened(folder: Path) -> LayerwiseModel:
-    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
-
-
 @pytest.mark.parametrize("original", FORMS)
 @pytest.mark.parametrize("architecture", tiny.MIXTURES)
 def test_the_walk_has_the_models_own_logits(tmp_path: Path, architecture: str, original: bool) -> None:
     """Trainers leave in a config that it asks for a loss of routers, which changes no prediction."""
     asks = {} if original else {"output_router_logits": True}
-    model = opened(tiny.save(architecture, tmp_path, original=original, **asks))
+    model = tiny.opened(tiny.save(architecture, tmp_path, original=original, **asks))
     check_model(model)
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits
+        expected = tiny.loaded(tmp_path)(tokens).logits
     torch.testing.assert_close(model.own_logits(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -50,7 +43,7 @@ def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path: Path) -> None:
     expected = {name: tensor for name, tensor in whole.state_dict().items() if ".experts." not in name}
     routers = [name for name in expected if name.endswith(("mlp.gate.weight", "e_score_correction_bias"))]
     assert [expected[name].dtype for name in routers] == [torch.float32] * 2
-    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), torch.bfloat16)
+    model = tiny.opened(folder, torch.bfloat16)
     with model.resident():
         found = model.model.state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -71,15 +64,13 @@ def by_hand(architecture: str, matrices: dict[str, Tensor], x: Tensor) -> Tensor
 
 def stored(architecture: str, tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
     """The matrices of an expert in decoder layer 1, (outputs, inputs), as the published checkpoint has them."""
-    if architecture in ("gpt_oss", "granitemoe", "gemma4"):
-        names = {
-            "gpt_oss": {"joined": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
-            "granitemoe": {
-                "joined": "block_sparse_moe.input_linear.weight",
-                "down": "block_sparse_moe.output_linear.weight",
-            },
-            "gemma4": {"joined": "experts.gate_up_proj", "down": "experts.down_proj"},
-        }[architecture]
+    stacks = {
+        "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        "gemma4": ("experts.gate_up_proj", "experts.down_proj"),
+    }
+    if architecture in stacks:
+        names = dict(zip(("joined", "down"), stacks[architecture], strict=True))
         found = {key: tensors[f"model.layers.1.{name}"][expert] for key, name in names.items()}
         if architecture == "gpt_oss":
             found = {key: value.T for key, value in found.items()}
@@ -93,7 +84,7 @@ def stored(architecture: str, tensors: dict[str, Tensor], expert: int) -> dict[s
 
 @pytest.mark.parametrize("architecture", tiny.MIXTURES)
 def test_experts_compute_what_a_loop_over_tokens_by_hand_does(tmp_path: Path, architecture: str) -> None:
-    model = opened(tiny.save(architecture, tmp_path))
+    model = tiny.opened(tiny.save(architecture, tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
     torch.manual_seed(0)
     inputs, weights = torch.randn(11, 32), torch.rand(11, 2)
@@ -111,7 +102,7 @@ def test_experts_compute_what_a_loop_over_tokens_by_hand_does(tmp_path: Path, ar
 
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
 def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: Path, architecture: str) -> None:
-    model = opened(tiny.save(architecture, tmp_path))
+    model = tiny.opened(tiny.save(architecture, tmp_path))
     layout = discover(model)
     parts = ["gate_up_proj"] if architecture == "gpt_oss" else ["gate_proj", "up_proj"]
     names = [[operator.name for operator in group] for group in layout.layers[1]]
@@ -133,7 +124,7 @@ def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: 
 
 def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Path) -> None:
     """Qwen3-Next has 512 of both."""
-    model = opened(tiny.save("qwen2_moe", tmp_path, shared_expert_intermediate_size=4))
+    model = tiny.opened(tiny.save("qwen2_moe", tmp_path, shared_expert_intermediate_size=4))
     names = {operator.name for group in discover(model).layers[1] for operator in group}
     shared = {f"mlp.shared_expert.{part}" for part in ("gate_proj", "up_proj", "down_proj")}
     assert {name for name in names if "shared" in name or name == "mlp.gate"} == shared
@@ -142,7 +133,7 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Pat
 @pytest.mark.parametrize("inner", [16, 32])
 def test_a_router_that_is_a_small_mlp_is_left_as_it_is(tmp_path: Path, inner: int) -> None:
     """What leads from the hidden states, 32 wide, to one number for each of the 4 experts."""
-    layer = opened(tiny.save("qwen2_moe", tmp_path)).layers[1]
+    layer = tiny.opened(tiny.save("qwen2_moe", tmp_path)).layers[1]
     mlp = layer.get_submodule("mlp")
     mlp.gate = nn.Sequential(nn.Linear(32, inner), nn.ReLU(), nn.Linear(inner, 4))
     names = {name for name, _ in linear_modules(layer)}
@@ -153,7 +144,7 @@ def test_a_router_that_is_a_small_mlp_is_left_as_it_is(tmp_path: Path, inner: in
 
 def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> None:
     """In Gemma 4 it stands in the decoder layer; a gate of the MLP beside it is an operator all the same."""
-    model = opened(tiny.save("gemma4", tmp_path, intermediate_size=4))
+    model = tiny.opened(tiny.save("gemma4", tmp_path, intermediate_size=4))
     names = {operator.name for group in discover(model).layers[1] for operator in group}
     assert {"mlp.gate_proj", "self_attn.q_proj", "experts.3.gate_up_proj"} <= names
     trained = vectors(model.layers[1])
@@ -163,7 +154,9 @@ def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> N
 
 def test_a_mixture_is_one_writer_to_the_residual_stream(tmp_path: Path) -> None:
     """So drift can be corrected in attention; what is routed elsewhere where noise is added does not matter."""
-    assert discover(opened(tiny.save("qwen3_moe", tmp_path))).residual_writers == (("self_attn.o_proj", "mlp"),) * 2
+    assert (
+        discover(tiny.opened(tiny.save("qwen3_moe", tmp_path))).residual_writers == (("self_attn.o_proj", "mlp"),) * 2
+    )
 
 
 def test_a_tensor_of_all_experts_is_read_and_written_by_matrix(tmp_path: Path) -> None:

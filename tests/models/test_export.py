@@ -1,7 +1,5 @@
 """Export to GGUF: llama.cpp and transformers read the model that was written, and other models are refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
@@ -89,11 +86,6 @@ def save(name: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
-def change(folder: Path, **entries: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries), "utf-8")
-
-
 PROMPT = [1, 5, 9, 17, 8, 20, 5, 9, 11, 30]
 
 
@@ -161,7 +153,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(
     name: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     save(name, tmp_path / "model")
-    change(tmp_path / "model", **changes)
+    tiny.configure(tmp_path / "model", **changes)
     with pytest.raises(FistaPrunerError, match=said):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -173,9 +165,8 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         export_gguf(tmp_path / "model", tmp_path / "out.bin")
     with pytest.raises(FistaPrunerError, match="values 'q4'"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q4")  # type: ignore[arg-type]
-    weights = tiny.tensors(tmp_path / "model")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e38
-    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with tiny.edited(tmp_path / "model") as weights:
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e38
     with pytest.raises(FistaPrunerError, match=r"up_proj.weight' has values that f16 cannot hold"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

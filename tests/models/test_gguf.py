@@ -1,7 +1,5 @@
 """GGUF files: converted to the model that the file holds, or refused in one line."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

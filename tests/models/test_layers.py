@@ -1,8 +1,6 @@
 """Running a model layer by layer is what its own forward pass does, or it is refused in one sentence before any
 work."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.measure.logits import score_windows
-from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.passes.store import HiddenStates
@@ -25,19 +22,18 @@ from fistapruner.passes.stream import Calls, check_model, run_layer
 
 CPU = torch.device("cpu")
 RECIPE: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+SHORT = {"seqlen": 16, "windows": 2}
 BERT = {**tiny.SIZES, **tiny.WIDE, "is_decoder": True}
 
 
 def save(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.store(transformers.AutoModelForCausalLM.from_config(config), folder)
 
 
 def opened(folder: Path) -> LayerwiseModel:
     """Open a model as every command does before any work."""
-    model = LayerwiseModel(Checkpoint.open(folder), CPU)
+    model = tiny.opened(folder)
     discover(model)
     check_model(model)
     return model
@@ -45,31 +41,16 @@ def opened(folder: Path) -> LayerwiseModel:
 
 def agrees(model: LayerwiseModel, folder: Path) -> None:
     """Compare the log-likelihood of windows layer by layer with that of the model's own forward pass."""
-    tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(score_windows(model, tokens)[0], own_sums(folder, tokens), rtol=1e-5, atol=0)
-
-
-def own_sums(folder: Path, tokens: Tensor) -> Tensor:
-    """Summed negative log-likelihood of every window from the model's own forward pass."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = tiny.tokens(3, 24)
     with torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), tokens[:, 1:], reduction="none").sum(1)
+        logits = tiny.loaded(folder)(input_ids=tokens, use_cache=False).logits[:, :-1].transpose(1, 2).double()
+    own = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").sum(1)
+    torch.testing.assert_close(score_windows(model, tokens)[0], own, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        # Vectors of three dimensions.
-        transformers.RwkvConfig(vocab_size=128, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32),
-        # Two tied biases, of which one is stored.
-        transformers.BertConfig(**BERT),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
-    folder = save(config, tmp_path)
-    agrees(opened(folder), folder)
+def test_vectors_of_three_dimensions(tmp_path: Path) -> None:
+    config = transformers.RwkvConfig(vocab_size=128, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32)
+    agrees(opened(save(config, tmp_path)), tmp_path)
 
 
 def test_a_model_that_is_smaller_than_the_window_of_the_check_is_run(tmp_path: Path) -> None:
@@ -106,9 +87,8 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, h
 def test_the_head_of_another_part_is_not_that_of_a_tied_model(tmp_path: Path) -> None:
     """Such as of a part that predicts several tokens, which transformers does not load."""
     folder = tiny.save("llama", tmp_path, tie_word_embeddings=True)
-    tensors = load_file(folder / "model.safetensors")
-    other = tensors["model.embed_tokens.weight"].flip(0).contiguous()
-    save_file({**tensors, "mtp.lm_head.weight": other}, folder / "model.safetensors", {"format": "pt"})
+    with tiny.edited(folder) as tensors:
+        tensors["mtp.lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
     agrees(opened(folder), folder)
 
 
@@ -195,8 +175,7 @@ transformers.AutoModelForCausalLM.register(OddConfig, OddModel)
 
 @pytest.mark.parametrize("trick", ["", "layers work in place"])
 def test_plain_layers_are_run_as_the_model_runs_them(tmp_path: Path, trick: str) -> None:
-    folder = save(OddConfig(trick), tmp_path)
-    agrees(opened(folder), folder)
+    agrees(opened(save(OddConfig(trick), tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -214,10 +193,7 @@ def test_plain_layers_are_run_as_the_model_runs_them(tmp_path: Path, trick: str)
 )
 def test_what_happens_between_layers_is_noticed(tmp_path: Path, trick: str, reason: str) -> None:
     folder = save(OddConfig(trick), tmp_path / "model")
-    for work in (
-        lambda: fp.prune(str(folder), tmp_path / "run", **RECIPE),
-        lambda: fp.evaluate(str(folder), "python", seqlen=16, windows=2),
-    ):
+    for work in (lambda: fp.prune(folder, tmp_path / "run", **RECIPE), lambda: fp.evaluate(folder, "python", **SHORT)):
         with pytest.raises(FistaPrunerError, match=rf"^OddModel: .*{reason}.*: this architecture is not supported$"):
             work()
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -250,25 +226,22 @@ def test_attention_to_later_tokens_is_refused_where_it_changes_little(tmp_path: 
     """Newly made, a layer adds less to the hidden states than bf16 tells from them."""
     folder = save(transformers.BertConfig(**{**BERT, "is_decoder": False}), tmp_path)
     with pytest.raises(FistaPrunerError, match=r"depend on later tokens \(bidirectional attention\)"):
-        check_model(LayerwiseModel(Checkpoint.open(folder), CPU, dtype))
+        check_model(tiny.opened(folder, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_weights_that_are_not_dense_are_refused_when_the_model_is_opened(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = tiny.save("llama", tmp_path)
-    tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    with tiny.edited(folder) as tensors:
+        tensors[name] = tensors[name].to(dtype)
     with pytest.raises(FistaPrunerError, match=rf"{name}' is stored as {str(dtype).removeprefix('torch.')}.*quantised"):
-        LayerwiseModel(Checkpoint.open(folder), CPU)
+        tiny.opened(folder)
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_before_work(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", vocab_size=32)  # the tokenizer knows 128
-    for work in (
-        lambda: fp.prune(str(folder), tmp_path / "run", **RECIPE),
-        lambda: fp.evaluate(str(folder), "python", seqlen=16, windows=2),
-    ):
+    for work in (lambda: fp.prune(folder, tmp_path / "run", **RECIPE), lambda: fp.evaluate(folder, "python", **SHORT)):
         with pytest.raises(FistaPrunerError, match=r"token id \d+ is beyond the model's vocabulary of 32"):
             work()
 
@@ -284,9 +257,8 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_work(tmp_path: Path)
 def test_nan_outside_of_operators_is_one_line(tmp_path: Path, tensor: str, message: str) -> None:
     """The labels that sensitivity is measured with would be drawn from NaN."""
     folder = tiny.save("llama", tmp_path / "model", tie_word_embeddings=False)
-    weights = load_file(folder / "model.safetensors")
-    weights[tensor].view(-1)[0] = torch.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with tiny.edited(folder) as weights:
+        weights[tensor].view(-1)[0] = torch.nan
     with pytest.raises(FistaPrunerError, match=message):
         fp.prune(str(folder), tmp_path / "run", calibration={"source": "python", "samples": 2, "seqlen": 16})
 
@@ -300,7 +272,7 @@ def test_other_devices_are_refused(tmp_path: Path, device: Any) -> None:
 
 def test_what_a_block_around_another_holds_stays_loaded(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    model = LayerwiseModel(Checkpoint.open(folder), CPU)
+    model = tiny.opened(folder)
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
     with model.embeddings_and_head(head=False):
         for inner in (False, True):
@@ -313,6 +285,6 @@ def test_what_a_block_around_another_holds_stays_loaded(tmp_path: Path) -> None:
 
 def test_a_model_without_operators_is_refused(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    layout = discover(tiny.opened(folder))
     with pytest.raises(FistaPrunerError, match=r"^model\.layers has no operator to prune$"):
         layout.only(()).select(fp.Recipe(ignore=("re:mlp",)))

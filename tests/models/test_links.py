@@ -1,7 +1,5 @@
 """Links of operators whose channels can be reordered or rotated: found in every architecture, and proven."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,33 +7,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.checkpoint import ROTATED, Checkpoint, reorder
+from fistapruner.models.checkpoint import ROTATED, reorder
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.links import find_links, links_inside, reordered
 from fistapruner.models.operators import discover
 
-MLP = {
-    "opt": (("fc1",), "fc2"),
-    "phi": (("mlp.fc1",), "mlp.fc2"),
-    "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
-    **dict.fromkeys(["gpt_neox", "falcon", "bloom"], (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
-    "phi3": None,  # gate and up are one operator with twice the rows
-}
-HEADS = {
-    "opt": (("self_attn.v_proj",), "self_attn.out_proj"),
-    "phi": (("self_attn.v_proj",), "self_attn.dense"),
-    **dict.fromkeys(["gpt2", "gpt_neox", "falcon", "bloom", "phi3"]),  # query, key and value are one operator
-}
-
-
-def opened(folder: Path) -> LayerwiseModel:
-    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+FUSED = ("gpt2", "gpt_neox", "falcon", "bloom", "phi3")
+"""Architectures whose query, key and value are one operator."""
 
 
 def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], prefix: str = "") -> None:
@@ -52,10 +35,12 @@ def reorder_all(model: LayerwiseModel, links: Any, tensors: dict[str, Tensor], p
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
-    skeleton = opened(folder)
+    skeleton = tiny.opened(folder)
     links = find_links(skeleton, discover(skeleton))
-    heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
-    mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
+    heads = (
+        None if architecture in FUSED else (("self_attn.v_proj",), tiny.ATTENTION.get(architecture, "self_attn.o_proj"))
+    )
+    mlp = None if architecture == "phi3" else tiny.MLP[architecture]  # its gate and up are one operator
     for found in links:
         assert {(link.producers, link.consumer.name) for link in found} == {heads, mlp} - {None}
         assert all(
@@ -82,16 +67,15 @@ def test_channels_that_something_else_reads_in_order_are_not_linked(
         tiny.spread(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     else:
         tiny.save(architecture, folder)
-    skeleton = opened(folder)
+    skeleton = tiny.opened(folder)
     links = find_links(skeleton, discover(skeleton))
     assert all(links)
     assert not any(name.endswith(operator) for found in links for link in found for name in link.producers)
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
-    before = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
-    tensors = load_file(folder / "model.safetensors")
-    reorder_all(skeleton, links, tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    after = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    before = tiny.loaded(folder)(tokens).logits
+    with tiny.edited(folder) as tensors:
+        reorder_all(skeleton, links, tensors)
+    after = tiny.loaded(folder)(tokens).logits
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
@@ -105,7 +89,7 @@ def test_layers_that_differ_in_an_attribute_only_are_tried_each(
         LayerwiseModel, "run", lambda self, index, *rest: [tried.append(index), run(self, index, *rest)][1]
     )
     for architecture, expected in (("llama", {0}), ("gemma2", {0, 1})):
-        skeleton = opened(tiny.save(architecture, tmp_path / architecture))
+        skeleton = tiny.opened(tiny.save(architecture, tmp_path / architecture))
         layout = discover(skeleton)
         tried.clear()
         find_links(skeleton, layout)

@@ -1,7 +1,5 @@
 """The safetensors reader refuses what it must, reads what the reference library writes, and the other way round."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

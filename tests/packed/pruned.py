@@ -1,7 +1,5 @@
 """Pruned checkpoints for the tests of this folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,7 +8,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fistapruner.core import parse_sparsity
-from tiny import build, tokenizer
+from tiny import build, store
+
+IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+"""Tokens that no model takes for those of images."""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
 
 def prune_linears(model, sparsity: str) -> None:
@@ -43,9 +49,7 @@ def save_pruned(
         parameter.data = torch.where((parameter == 0) & (torch.rand(parameter.shape) < 0.5), -0.0, parameter.data).to(
             dtype
         )
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return store(model, folder, max_shard_size=shard)
 
 
 def pickle_weights(folder: Path) -> Path:

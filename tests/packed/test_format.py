@@ -1,7 +1,5 @@
 """Round trips of single operators through memory and through the format's tensors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import example, given, settings

@@ -1,7 +1,5 @@
 """Every kernel level against an fp64 product, and against the others."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

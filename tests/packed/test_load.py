@@ -1,34 +1,23 @@
 """Packed folders as transformers models: the same logits, the same text, on every architecture."""
 
-from __future__ import annotations
-
 import copy
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from pruned import save_pruned
-from safetensors.torch import load_file, save_file
+from pruned import IDS, logits, save_pruned
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.build import load_whole
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.checkpoint import QUANT_METHOD, Checkpoint
 from fistapruner.packed import kernel
 from fistapruner.packed.checkpoint import PackedCheckpoint
 from fistapruner.packed.linear import Int8Embedding
-from tiny import ARCHITECTURES, VOCABULARY, store_head
-
-IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
+from tiny import ARCHITECTURES, configure, edited, store_head
 
 SOME = ("gpt2", "llama", "opt", "phi3")
 """Transposed, separate, biased and fused operators; the others are slow tests."""
@@ -42,17 +31,15 @@ QUICK = [("qwen3_moe", "some experts"), ("mixtral", "same"), *(case for case in 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "values"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    ("architecture", "values"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_every_way_of_loading_agrees(tmp_path, architecture, values):
     """Where a few experts are not packed, too."""
     source = save_pruned(tmp_path / "m", architecture)
     if values == "some experts":
-        tensors = load_file(source / "model.safetensors")
-        for name in [name for name in tensors if ".experts." in name][::5]:
-            tensors[name] = torch.randn_like(tensors[name]) * 0.1
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        with edited(source) as tensors:
+            for name in [name for name in tensors if ".experts." in name][::5]:
+                tensors[name] = torch.randn_like(tensors[name]) * 0.1
     fistapruner.pack(source, tmp_path / "p", values="int8" if values == "int8" else "same")
     exact = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
     fistapruner.unpack(tmp_path / "p", tmp_path / "u")
@@ -115,9 +102,8 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head, z
     """It is the model's own where its values are not the embedding's, whatever the config says; it may be packed."""
     source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), head)
     if zeros:
-        tensors = load_file(source / "model.safetensors")
-        tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        with edited(source) as tensors:
+            tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
     fistapruner.pack(source, tmp_path / "p")
     assert ("lm_head.weight" in PackedCheckpoint(tmp_path / "p").specs) == zeros
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
@@ -162,18 +148,19 @@ def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
         fistapruner.load("someone/packed")
 
 
-def test_import_is_all_it_takes(tmp_path):
+def test_import_is_all_it_takes(tmp_path, monkeypatch):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     code = (
         "import sys, fistapruner; assert 'transformers.quantizers.auto' not in sys.modules\n"
         "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     )
-    settings = {"capture_output": True, "timeout": 120, "text": True}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, **settings)
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    without = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=False, **settings)
-    assert without.returncode == 1  # no model of random weights
-    assert "'import fistapruner' before the model is loaded" in without.stderr.splitlines()[-1]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, timeout=120)
+    for methods in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(methods, QUANT_METHOD)  # as without the import
+    with pytest.raises(
+        (OSError, ValueError), match="'import fistapruner' before the model is loaded"
+    ):  # no random weights
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -234,9 +221,7 @@ def test_weights_loaded_into_a_packed_model_are_packed(tmp_path):
 def save_odd(folder, changes, architecture="llama"):
     """A packed folder whose config was changed."""
     fistapruner.pack(save_pruned(folder / "m", architecture), folder / "p")
-    path = folder / "p" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder / "p"
+    return configure(folder / "p", **changes)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The NEON level is right, in an emulator of 64-bit ARM where a cross-compiler is installed. Its speed is not known."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

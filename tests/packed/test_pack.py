@@ -1,7 +1,5 @@
 """Packed folders: there and back, what the command line prints, what is refused, what a killed writer leaves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SmolLM2, pruned and packed: the same text as the dense pruned model."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest

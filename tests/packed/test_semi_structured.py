@@ -1,7 +1,5 @@
 """Which operators go to sparse tensor cores."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,8 +1,6 @@
 """Checkpoints whose tensors are not called as in the model: pruned, inspected, packed, loaded, unpacked and evaluated
 like others."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,52 +8,31 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from pruned import logits
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
+import tiny
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
-from tiny import GQA, SIZES, save, spread, tokenizer
+from tiny import GQA, SIZES, configure, edited, save, spread, store, write_text
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
 
+GEMMA = {"text_config": {**TWO, "head_dim": 8, "sliding_window": 8}, "vision_config": VISION, "mm_tokens_per_image": 4}
+GEMMA |= {"image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102}
+GPT = {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+Q = "layers.0.self_attn.q_proj"
+
 # Configuration, whether the base model alone is stored, and the first operator's name in the model and in the file.
 CASES: dict[str, tuple[str, dict[str, Any], bool, str, str]] = {
-    "GPT-2": (
-        "GPT2Config",
-        {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-        *(True, "transformer.h.0.attn.c_attn", "h.0.attn.c_attn.weight"),
-    ),
-    "base Llama": (
-        "LlamaConfig",
-        {**TWO, "tie_word_embeddings": True},
-        *(True, "model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj.weight"),
-    ),
-    "Exaone": (
-        *("ExaoneConfig", TWO, False),
-        *("model.layers.0.self_attn.q_proj", "transformer.h.0.attn.attention.q_proj.weight"),
-    ),
-    "Gemma 3 with vision": (
-        "Gemma3Config",
-        {
-            "text_config": {**TWO, "head_dim": 8, "sliding_window": 8},
-            "vision_config": VISION,
-            **{"mm_tokens_per_image": 4, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
-        },
-        *(False, "model.language_model.layers.0.self_attn.q_proj"),
-        "language_model.model.layers.0.self_attn.q_proj.weight",
-    ),
+    "GPT-2": ("GPT2Config", GPT, True, "transformer.h.0.attn.c_attn", "h.0.attn.c_attn.weight"),
+    "base Llama": ("LlamaConfig", {**TWO, "tie_word_embeddings": True}, True, f"model.{Q}", f"{Q}.weight"),
+    "Exaone": ("ExaoneConfig", TWO, False, f"model.{Q}", "transformer.h.0.attn.attention.q_proj.weight"),
+    "Gemma 3": ("Gemma3Config", GEMMA, False, f"model.language_model.{Q}", f"language_model.model.{Q}.weight"),
 }
-IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS).logits
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,15 +44,11 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     model = spread(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval())
     folder = tmp_path / "dense"
     model.bfloat16()  # as values are packed
-    (model.base_model if base else model).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
-    tokenizer().save_pretrained(folder)
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    fp.prune(
-        str(folder), tmp_path / "run", method="magnitude", calibration={"source": str(text), "samples": 2, "seqlen": 16}
-    )
+    store(model.base_model if base else model, folder)
+    configure(folder, architectures=[type(model).__name__])
+    text = str(write_text(tmp_path / "text.jsonl"))
+    calibration = {"source": text, "samples": 2, "seqlen": 16}
+    fp.prune(folder, tmp_path / "run", method="magnitude", calibration=calibration)
     pruned, packed = tmp_path / "run" / "model", tmp_path / "packed"
 
     record = json.loads((pruned / "fistapruner.json").read_text())
@@ -100,21 +73,17 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     sparse.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
 
-    evaluation = fp.evaluate(unpacked, str(text), against=pruned, seqlen=16)
-    assert evaluation.divergence is not None
-    assert evaluation.divergence.kl == 0
+    assert fp.evaluate(unpacked, text, against=pruned, seqlen=16).divergence.kl == 0
 
 
 def test_a_missing_tensor_is_not_another_one_with_its_ending(tmp_path: Path) -> None:
     """All tensors have one prefix, which may be any."""
     folder, prefix = save("llama", tmp_path / "dense", num_hidden_layers=1), "part."
-    tensors = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    settings = {"method": "magnitude", "calibration": {"source": str(text), "samples": 2, "seqlen": 16}}
-    assert fp.prune(folder, tmp_path / "run", **settings).status == "finished"
-    tensors["vision_tower.norm.weight"] = tensors.pop(f"{prefix}model.norm.weight") + 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited(folder) as tensors:
+        for name in [*tensors]:
+            tensors[prefix + name] = tensors.pop(name)
+    assert fp.prune(folder, tmp_path / "run", method="magnitude", calibration=tiny.SMALL).status == "finished"
+    with edited(folder) as tensors:
+        tensors["vision_tower.norm.weight"] = tensors.pop(f"{prefix}model.norm.weight") + 1
     with pytest.raises(fp.FistaPrunerError, match=r"tensor 'model\..*weight'.* of LlamaForCausalLM is not in it"):
-        fp.prune(folder, tmp_path / "other", **settings)
+        fp.prune(folder, tmp_path / "other", method="magnitude", calibration=tiny.SMALL)

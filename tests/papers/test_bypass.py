@@ -1,7 +1,5 @@
 """Bypass-BP: its projection and gradient against enumeration, its losses against whole models, kill and resume."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path
@@ -11,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.models.safetensors import SafetensorsFile
-from fistapruner.models.source import UNTRUSTED
 from fistapruner.papers.bypass import Bypass, descend, policy_gradient, project
 from fistapruner.passes.store import scratch_factory
 from fistapruner.runs.directory import PruneDirectory
@@ -26,8 +21,6 @@ from fistapruner.runs.log import Listener
 from fistapruner.settings.prune import Recipe
 from fistapruner.settings.structure import Structure
 from fistapruner.structure.units import find_units
-
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
 
 def test_the_projection_meets_the_budget_and_keeps_the_order() -> None:
@@ -67,25 +60,12 @@ def test_the_gradient_is_unbiased_for_its_target(baseline: float) -> None:
     torch.testing.assert_close(mean, target, rtol=1e-5, atol=1e-6)
 
 
-def test_it_finds_the_best_units_of_a_separable_loss() -> None:
-    worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    keep, baseline = torch.full((6,), 0.5, dtype=torch.float64), math.nan
-    for step in range(800):
-        masks = list((torch.rand(2, 6, generator=generator, dtype=torch.float64) < keep).double())
-        losses = [float((worth * (1 - mask)).sum()) for mask in masks]
-        keep, baseline = descend(keep, baseline, masks, losses, 0.05 * (1 - step / 800), [(slice(0, 6), 3)])
-        assert 0 <= float(keep.min()) <= float(keep.max()) <= 1
-        assert float(keep.sum()) <= 3 + 1e-9
-    assert set(keep.topk(3).indices.tolist()) == {1, 3, 5}
-
-
 def begin(folder: Path, remove: str, batch_size: int = 8) -> tuple[Bypass, str]:
     """What learns the units of a model, on four windows; and the name of its decoder layers."""
-    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    model = tiny.opened(folder)
     layout = discover(model).select(Recipe())
     units = find_units(model, layout, Structure.model_validate({"remove": remove, "multiple": 4}))
-    tokens = torch.randint(3, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    tokens = tiny.tokens(4, 16)
     store = scratch_factory(None, torch.float32)
     return Bypass(model, units, tokens, 1, 0, store, Listener(), batch_size), layout.layers_name
 
@@ -99,7 +79,7 @@ def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, arch
     learning, layers_name = begin(folder, remove)
     slots, found = learning.slots, learning.first(3)
 
-    whole, masks, inputs = AutoModelForCausalLM.from_pretrained(folder).eval(), dict[int, Tensor](), dict[int, Tensor]()
+    whole, masks, inputs = tiny.loaded(folder), dict[int, Tensor](), dict[int, Tensor]()
 
     def before(number: int, value: Tensor) -> Tensor:
         inputs[number] = value
@@ -132,7 +112,7 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
     masks = [(torch.rand(learning.count, generator=generator) < 0.6).double() for _ in range(2)]
     found = learning.losses(tokens, masks)
     assert begin(folder, remove, batch_size=1)[0].losses(tokens, masks) == pytest.approx(found, rel=1e-5)
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = tiny.loaded(folder)
     for mask, loss in zip(masks, found, strict=True):
         handles = []
         for index, unit, places in learning.slots:
@@ -152,46 +132,36 @@ def state_of(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: file.read(name) for name in ("keep", "baseline")}, file.metadata
 
 
-class Stopping(Listener):
-    """Interrupts a run after so many steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
+class Stopping(tiny.Said):
+    """Interrupts a run after 22 steps."""
 
     def tick(self, what: str, done: int, total: int) -> None:
-        if what == "steps of bypass" and done == self.after:
+        if what == "steps of bypass" and done == 22:
             raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=2)
     structure: dict[str, Any] = {"remove": "mlp=25%,heads=1", "multiple": 4, "method": "bypass", "steps": 25}
-    settings = {"structure": structure, "calibration": SMALL}
+    settings = {"structure": structure, "calibration": tiny.SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
     assert report.totals.time_split["sensitivity"] > 0
-    stopping = Stopping(22)
+    stopping, resumed = Stopping(), tiny.Said()
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.said)
-    stopping = Stopping(-1)
-    fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
-    assert "bypass: 20 of 25 steps were taken before" in stopping.said
+    assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.sentences)
+    fp.prune(str(folder), tmp_path / "parts", listener=resumed, **settings)
+    assert "bypass: 20 of 25 steps were taken before" in resumed.sentences
     (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (here["identity"], here["step"]) == (there["identity"], "25")
-    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert tiny.weights(tmp_path / "parts") == tiny.weights(tmp_path / "whole")
     records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]
-    numerics = [record.decision.numerics for record in records if record is not None]
-    assert numerics[0] == numerics[1]
+    assert records[0].decision.numerics == records[1].decision.numerics
     assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 4
     # The channels with the largest probabilities stay, their weights as they were.
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").eval()
+    dense = tiny.loaded(folder)
+    small = tiny.loaded(tmp_path / "whole" / "model")
     metrics = SafetensorsFile(tmp_path / "whole" / "metrics.safetensors")
     for layer in report.layers:
         name = f"{layer.name}.mlp.down_proj"

@@ -1,7 +1,5 @@
 """MAMF: enough rounds that no task is missed, the same number of tokens from each task of a round."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,15 +28,15 @@ def test_every_turn_has_all_numbers_in_an_order_of_its_own() -> None:
 
 
 def test_no_task_is_missed_too_often() -> None:
-    tasks, per_round, draws = 5, 2, 2000
+    tasks, per_round, draws = 5, 2, 1000
     rounds = Mixture(tasks, per_round).rounds
     missed = torch.zeros(tasks)
     for seed in range(draws):
         drawn = Mixture(tasks, per_round, seed).draw(rounds * per_round)
         missed += torch.bincount(drawn, minlength=tasks) == 0
-    # The probability is 0.6^14 = 7.8e-4, so 1.6 are expected of each task; 9 has a probability below 1e-4.
-    assert int(missed.max()) <= 8
-    assert 1 <= int(missed.sum()) <= 20
+    # The probability is 0.6^14 = 7.8e-4, so 0.8 are expected of each task; 7 has a probability below 1e-4.
+    assert int(missed.max()) <= 6
+    assert 1 <= int(missed.sum()) <= 12
 
 
 @settings(max_examples=60, deadline=None)

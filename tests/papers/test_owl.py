@@ -1,7 +1,5 @@
 """OWL: outliers are counted against the layer's mean, and layers with more of them keep more weights."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch
@@ -9,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fistapruner.core import Unstructured
+from fistapruner.core import ProblemSums, Unstructured
 from fistapruner.models.operators import Layout, Operator
-from fistapruner.papers.owl import REACH, InputEnergy, Outliers
+from fistapruner.papers.owl import REACH, Outliers
 
 
 def gathered(outliers: list[int], width: int = 40) -> tuple[Outliers, dict[str, int]]:
@@ -24,7 +22,7 @@ def gathered(outliers: list[int], width: int = 40) -> tuple[Outliers, dict[str, 
         for number in range(2):
             weight = torch.ones(10, width)
             weight.view(-1)[: count if number == 0 else 0] = 100.0
-            sums = InputEnergy(weight)
+            sums = ProblemSums(weight)
             sums.add(torch.ones(3, width))
             found.add(index, number, sums)
     return found, dict.fromkeys((name for name, _ in layout.operators()), 10 * width)

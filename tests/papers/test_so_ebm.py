@@ -1,7 +1,5 @@
 """SO-EBM: its gradient against quadrature, its decisions against another solver, the workload file, whole runs."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -21,8 +19,6 @@ from fistapruner.allocate.allocate import ZerosBudget, split_budget
 from fistapruner.allocate.curves import bounds, sparsity_grid
 from fistapruner.allocate.fisher import DensePasses, measure_sensitivity, row_importance
 from fistapruner.allocate.measure import check_allocation, decide
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.papers.so_ebm import Costs, Workload, decisions, energy_loss, learn
 from fistapruner.passes.store import scratch_factory
@@ -248,17 +244,16 @@ def test_a_begun_run_keeps_its_decision_and_refuses_another_workload(tmp_path: P
 
 def test_importance_and_metrics_of_a_workload_are_the_weighted_means_of_its_tasks(tmp_path: Path) -> None:
     """Each task measured alone, on the first of its windows."""
-    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "dense")), torch.device("cpu"))
+    model = tiny.opened(tiny.save("llama", tmp_path / "dense"))
     layout, mix = discover(model), {"chat": 0.2, "code": 0.8}
     asked = recipe(tmp_path, {"mix": mix}, reconstruct=2)
-    tokens = torch.randint(3, tiny.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(3))
+    tokens = tiny.tokens(8, 16, seed=3)
     passes = DensePasses(scratch_factory(None, model.dtype))
     alone = {}
     for place, task in enumerate(mix):
         windows = tokens[window_tasks(asked.calibration) == place][:2]
         alone[task] = measure_sensitivity(model, layout, windows, passes, seed=asked.seed)
     found = decide(asked, layout, model, tokens, {}, passes)
-    assert found.metrics is not None
     for index, metric in enumerate(found.metrics):
         torch.testing.assert_close(metric, sum(weight * alone[task].outputs[index] for task, weight in mix.items()))
     for name, rows in found.importance.items():

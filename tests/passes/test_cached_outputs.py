@@ -1,7 +1,5 @@
 """Outputs that cannot change are not computed again: the same bits with and without their cache, in fewer passes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

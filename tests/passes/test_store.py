@@ -1,7 +1,5 @@
 """Hidden states: the same numbers in memory and in a file, whatever a reader does with what it was given."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

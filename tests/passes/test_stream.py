@@ -1,7 +1,5 @@
 """Hidden states streamed layer by layer, forwards and backwards, against the whole model in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
 from fistapruner.models.operators import discover
 from fistapruner.passes.store import scratch_factory
@@ -22,19 +18,18 @@ WINDOWS, SEQLEN = 5, 12
 ARCHITECTURES = ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "falcon"]
 
 
-def tokens() -> Tensor:
-    return torch.randint(3, tiny.VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(3))
+TOKENS = tiny.tokens(WINDOWS, SEQLEN, seed=3)
 
 
 def opened(folder: Path) -> LayerwiseModel:
-    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    model = tiny.opened(folder)
     model.check()
     return model
 
 
 def whole_model_inputs(folder: Path, layers: str) -> tuple[list[Tensor], Tensor]:
     """What enters every decoder layer of the whole model, differentiable, and what leaves the last one."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = tiny.loaded(folder)
     prefix = (
         layers if any(name == layers for name, _ in model.named_modules()) else f"{model.base_model_prefix}.{layers}"
     )
@@ -47,7 +42,7 @@ def whole_model_inputs(folder: Path, layers: str) -> tuple[list[Tensor], Tensor]
     for module in modules:
         module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     modules[-1].register_forward_hook(leave)
-    model(input_ids=tokens(), use_cache=False)
+    model(input_ids=TOKENS, use_cache=False)
     return seen[:-1], seen[-1]
 
 
@@ -57,13 +52,13 @@ def test_hidden_states_are_those_of_the_whole_model(tmp_path: Path, architecture
     folder = tiny.save(architecture, tmp_path / "model")
     model = opened(folder)
     store = scratch_factory(tmp_path if on_disk else None, model.dtype)
-    states, _ = forward(model, tokens(), 2, store, keep=True)
+    states, _ = forward(model, TOKENS, 2, store, keep=True)
     entering, leaving = whole_model_inputs(folder, model.layers_name)
     assert len(states) == len(model) + 1
     for state, expected in zip(states, [*entering, leaving], strict=True):
         torch.testing.assert_close(state.read(0, WINDOWS), expected.detach())
         state.close()
-    (last,), _ = forward(model, tokens(), 2, store)
+    (last,), _ = forward(model, TOKENS, 2, store)
     torch.testing.assert_close(last.read(0, WINDOWS), leaving.detach())
     last.close()
     assert not list(tmp_path.glob("hidden-*"))
@@ -74,7 +69,7 @@ def test_hidden_states_are_those_of_the_whole_model(tmp_path: Path, architecture
 def test_gradients_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     model = opened(folder)
-    states, calls = forward(model, tokens(), 2, scratch_factory(None, model.dtype), keep=True)
+    states, calls = forward(model, TOKENS, 2, scratch_factory(None, model.dtype), keep=True)
     gradient = states.pop()
     above = torch.randn(WINDOWS, SEQLEN, model.width, generator=torch.Generator().manual_seed(4))
     gradient.write(0, above)
@@ -109,7 +104,7 @@ def test_operators_are_watched_in_every_layer(tmp_path: Path) -> None:
         assert all(parameter.is_meta for parameter in layer.parameters())
         left.append(index)
 
-    forward(model, tokens(), 2, scratch_factory(None, model.dtype), visit=visit)
+    forward(model, TOKENS, 2, scratch_factory(None, model.dtype), visit=visit)
     assert left == list(range(len(model)))
     assert seen == [
         (index, number, start, (min(2, WINDOWS - start), SEQLEN, group[0].columns))

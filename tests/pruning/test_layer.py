@@ -154,7 +154,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                         seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop)
                     )
             rows = [operator.rows for operator in group]
-            solution = solve(sums.problem(target=recipe.dense_share), stack(recipe.pattern, rows), recipe.steps)
+            solution = solve(sums.problem(target=recipe.dense_share), stack(recipe.sparsity, rows), recipe.method)
             for operator, name, part in zip(group, names, solution.weight.split(rows), strict=True):
                 operator.weight(pruned.get_submodule(f"{layout.layers_name}.{index}")).data.copy_(part)
                 weights[f"{name}.weight"] = pruned.get_submodule(name).weight.detach().clone()
@@ -321,7 +321,7 @@ def test_rows_are_weighted_by_their_importance(tmp_path: Path) -> None:
     assert [problem.name for problem in problems] == list(importance)
     for problem in problems:
         name, rows = problem.name, importance[problem.name]
-        expected = unweighted(solve(problem.weighted(rows), recipe.pattern, recipe.steps).weight, rows)
+        expected = unweighted(solve(problem.weighted(rows), recipe.sparsity, recipe.method).weight, rows)
         found = weights[f"{name}.weight"]
         assert torch.equal(found == 0, expected == 0), name
         torch.testing.assert_close(found, expected)

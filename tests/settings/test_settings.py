@@ -1,7 +1,5 @@
 """How recipes are read, and what they settle before a run begins."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from shutil import rmtree
@@ -16,15 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tiny
-from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, prune, recover, solve
+from fistapruner import AlignRecipe, FistaPrunerError, Recipe, align, prune, recover
 from fistapruner.core import NM
-from fistapruner.settings.parse import (
-    load_recipe_settings,
-    merge_settings,
-    parse_bytes,
-    parse_count,
-    parse_value,
-)
+from fistapruner.settings.parse import load_recipe_settings, merge_settings, parse_bytes, parse_count, parse_value
 from fistapruner.settings.prune import Calibration
 from fistapruner.settings.structure import Remove
 from fistapruner.settings.train import RecoverRecipe
@@ -62,72 +54,99 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-def test_arguments_of_a_solver_that_a_recipe_does_not_keep_are_refused() -> None:
-    with pytest.raises(FistaPrunerError, match=r"ALPS\(.*iterations=3.* is more than a recipe keeps"):
-        Recipe.build({"method": ALPS(iterations=3)})
-    with pytest.raises(FistaPrunerError, match="method alps: unknown setting 'iterations': it has none"):
-        Recipe.build({"method": {"alps": {"iterations": 3}}})
-
-
-def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None:
-    class Mine(Magnitude):
-        name = "mine"
-        takes_start = True
-
-    class Other(Magnitude):
-        pass
-
-    assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
-    for method, name in ((Mine(), "Mine"), (Other(), "Other"), (["wanda", Mine()], "Mine")):
-        with pytest.raises(FistaPrunerError, match=rf"{name}\(.*\) is more than a recipe keeps"):
-            Recipe.build({"method": method})
-
-
 def test_a_residual_correction_without_effect_is_refused() -> None:
     alps = Recipe.build({"method": "alps", "residual": "correct"})
     with pytest.raises(FistaPrunerError, match=r"residual correct needs a dense_target above 0 .*, and it is 0"):
         alps.resolved()
     assert Recipe.build({"method": "alps", "residual": "correct", "dense_target": 0.5}).resolved().corrects_drift
-    written = Recipe.build({"dense_target": "pruned"}).resolved()
-    assert written.residual == "none"
-    assert written.resolved() == written
-    for settings in ({"dense_target": "pruned"}, {"error_correction": False}):
-        assert Recipe.build(settings).resolved().residual == "none"
-    with pytest.raises(FistaPrunerError, match="residual correct needs error_correction True, and that is False"):
-        Recipe.build({"residual": "correct", "error_correction": False})
+    assert Recipe.build({"error_correction": False}).resolved().residual == "none"
 
 
-TOGETHER = [
-    ({"execution": {"workers": 4}}, "execution.workers 4 needs execution.executor process or ray, and that is serial"),
-    ({"execution": {"executor": "process", "address": "auto"}}, "address auto needs execution.executor ray"),
-    ({"low_rank": 4, "structure": "25%"}, "low_rank 4 needs structure.remove none, and that is 25%"),
-    ({"structure": {"method": "goa"}}, "structure.method goa needs structure.remove, and that is none"),
-    (
-        {"structure": {"remove": "25%", "steps": 60}},
-        "steps 60 needs structure.method bypass, and that is auto",
-    ),
-    ({"optimizer": "mezo", "parameters": "lora"}, "optimizer mezo needs parameters full, and that is lora"),
-    ({"as_published": True}, "as_published True needs parameters spp, and that is lora"),
-    ({"loss": "accuracy"}, "loss accuracy needs optimizer mezo or subzero, and that is adamw"),
-    ({"loss": "sft", "references": ["dense"]}, "needs loss dpo or multi-dpo or harmonic or geometric, and that is sft"),
-    ({"weights": "held-out"}, "weights held-out needs loss multi-dpo or harmonic or geometric, and that is dpo"),
-    ({"loss": "geometric", "clip": 0.5}, "clip 0.5 needs loss harmonic, and that is geometric"),
-]
+class Mine(Magnitude):
+    name = "mine"
+    takes_start = True
 
 
-@pytest.mark.parametrize(("settings", "message"), TOGETHER, ids=str)
-def test_settings_that_need_another_one_say_which(settings: dict[str, Any], message: str) -> None:
-    kind = Recipe if set(settings) & {"execution", "low_rank", "structure"} else AlignRecipe
-    with pytest.raises(FistaPrunerError, match=message):
+class Other(Magnitude):
+    pass
+
+
+REFUSED: dict[Any, list[tuple[dict[str, Any], str]]] = {
+    Recipe: [
+        ({"method": ALPS(iterations=3)}, r"ALPS\(.*iterations=3.* is more than a recipe keeps"),
+        ({"method": Mine()}, r"Mine\(.*\) is more than a recipe keeps"),
+        ({"method": Other()}, r"Other\(.*\) is more than a recipe keeps"),
+        ({"method": ["wanda", Mine()]}, r"Mine\(.*\) is more than a recipe keeps"),
+        ({"residual": "correct", "error_correction": False}, "needs error_correction True, and that is False"),
+        ({"execution": {"workers": 4}}, "execution.workers 4 needs execution.executor process or ray, and that is ser"),
+        ({"execution": {"executor": "process", "address": "auto"}}, "address auto needs execution.executor ray"),
+        ({"low_rank": 4, "structure": "25%"}, "low_rank 4 needs structure.remove none, and that is 25%"),
+        ({"structure": {"method": "goa"}}, "structure.method goa needs structure.remove, and that is none"),
+        ({"structure": {"remove": "25%", "steps": 60}}, "steps 60 needs structure.method bypass, and that is auto"),
+        ({"calibration": {"seed": 1}}, "calibration.seed is no setting of its own: seed is that of the text"),
+        ({"calibration": "c4"}, "calibration: a mapping of settings is expected .got 'c4'"),
+        (merge_settings({"execution": "a"}, {"execution": {"device": None}}), "execution: a mapping of settings is ex"),
+        ({"calibration": {"source": ["a", "b"]}}, r"calibration\.source.*: .* \(got an object of the class list\)"),
+        (
+            {"calibration": {"samples": 1, "source": {"a": "x", "b": "y"}}},
+            "samples is 1, and each of the 2 texts needs",
+        ),
+        ({"low_rank": True}, "low_rank: a number is expected .got True"),
+        ({"reconstruct": False}, "reconstruct: a number is expected .got False"),
+        ({"seed": True}, "seed: a number is expected"),
+        ({"calibration": {"samples": True}}, "calibration.samples: a number is expected"),
+        ({"calibration": {"seqlen": True}}, "calibration.seqlen: a number is expected"),
+        ({"method": {"fista": {"penalty": True}}}, "penalty True: relative or published is expected"),
+        ({"allocation": {"down_proj": "150%"}}, "^recipe: allocation: down_proj: sparsity '?1.5'? is out of range: a"),
+        ({"allocation": "{down_proj: 150%}"}, "^recipe: allocation: down_proj: sparsity '?1.5'? is out of range: a"),
+        ({"allocation": {0: "30%"}}, r"0: names of operators are expected, such as down_proj or 're:layers\\.0\\.'"),
+        ({"allocation": "{down_proj: }"}, "^recipe: allocation: down_proj: sparsity None is not understood: write "),
+        ({"allocation": {"re:(": "30%"}}, r"^recipe: allocation: 're:\(' is not a regular expression: "),
+        ({"targets": "down_proj"}, r"targets: a list of names is expected, .*\[down_proj\] \(got 'down_proj'\)$"),
+        ({"ignore": None}, r"ignore: a list of names is expected, such as \[down_proj\] \(got None\)$"),
+        ({"targets": [0]}, r"^recipe: targets\.0: Input should be a valid string \(got 0\)$"),
+        ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
+        ({"seqlen": 64}, r"unknown setting 'seqlen': did you mean 'calibration\.seqlen'\?$"),
+        ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
+        ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
+        ({"method": {"fista": {"penalti": 4}}}, r"unknown setting 'penalti': did you mean 'penalty'\?"),
+        ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
+        *(
+            ({"execution": {"memory_limit": limit}}, "is not a size: write 8GiB, 500MB or a number of bytes")
+            for limit in (0, "0", "0.5", -1, "-1GiB", "much", "", "8 apples", "1e400", "9" * 400, ".", "-1", "1.2.3")
+        ),
+    ],
+    RecoverRecipe: [
+        ({"execution": {"executor": "process"}}, r"execution\.executor: Input should be 'serial' .got 'process'"),
+        *(({"data": {"tokens": most}}, "^recipe: data.tokens: ") for most in ("9" * 400, "9" * 400 + "M", 10**400)),
+    ],
+    AlignRecipe: [
+        ({"optimizer": "mezo", "parameters": "lora"}, "optimizer mezo needs parameters full, and that is lora"),
+        ({"as_published": True}, "as_published True needs parameters spp, and that is lora"),
+        ({"loss": "accuracy"}, "loss accuracy needs optimizer mezo or subzero, and that is adamw"),
+        ({"loss": "sft", "references": ["dense"]}, "loss dpo or multi-dpo or harmonic or geometric, and that is sft"),
+        ({"weights": "held-out"}, "weights held-out needs loss multi-dpo or harmonic or geometric, and that is dpo"),
+        ({"loss": "geometric", "clip": 0.5}, "clip 0.5 needs loss harmonic, and that is geometric"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"), [(kind, *case) for kind in REFUSED for case in REFUSED[kind]], ids=str
+)
+def test_wrong_settings_are_named_in_one_line(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message) as error:
         kind.build(settings)
+    assert "\n" not in str(error.value)
+    assert str(error.value).count("allocation") <= 1
 
 
 def test_settings_that_have_what_they_need_are_taken() -> None:
     for settings in ({"executor": "process", "workers": 4}, {"executor": "ray", "address": "auto"}):
         Recipe.build({"execution": settings})
     assert RecoverRecipe(optimizer="mezo").parameters == "full"
-    with pytest.raises(FistaPrunerError, match=r"execution\.executor: Input should be 'serial' .got 'process'"):
-        RecoverRecipe.build({"execution": {"executor": "process"}})
+    assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
+    assert Recipe.from_yaml("error_correction: no").error_correction is False
 
 
 def test_the_seed_of_a_recipe_is_that_of_its_texts() -> None:
@@ -135,13 +154,10 @@ def test_the_seed_of_a_recipe_is_that_of_its_texts() -> None:
     assert Recipe(seed=3).changed({"seed": 4}).calibration.seed == 4
     assert Recipe.from_yaml(Recipe(seed=3).to_yaml()) == Recipe(seed=3)
     assert "seed" not in Recipe(seed=3).model_dump()["calibration"]
-    with pytest.raises(FistaPrunerError, match=r"calibration.seed is no setting of its own: seed is that of the text"):
-        Recipe.build({"calibration": {"seed": 1}})
 
 
-def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
+def test_who_goes_on_with_a_run_may_say_what_auto_settled() -> None:
     earlier = Recipe().resolved().model_dump(mode="json")
-    assert Recipe.build(PARALLEL).resolved(earlier=earlier).propagate == "pruned"
     assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
 
 
@@ -212,11 +228,11 @@ FISTA_PRESETS = {
 @pytest.mark.parametrize("preset", FISTA_PRESETS)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Path, preset: str, family: str) -> None:
-    model, run = tiny.save(family, tmp_path / "model"), tmp_path / "run"
+    model, run = tiny.save(family, tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
     settings = load_recipe_settings(preset) | {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     report = prune(str(model), run, recipe=Recipe.build(settings))
     written = Recipe.from_yaml((run / "recipe.yaml").read_text())
-    (step,) = written.steps
+    (step,) = written.method
     assert isinstance(step, Fista)
     assert (step.penalty, step.warm_start) == FISTA_PRESETS[preset][family]
     assert (written.propagate, written.dense_share, written.residual, written.error_correction) == (
@@ -232,14 +248,8 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
 
 
-def test_a_warm_start_by_family_needs_a_model() -> None:
-    problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
-    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto depends on the model's family"):
-        solve(problem, "50%", [{"fista": {"warm_start": "auto"}}])
-
-
 def test_patterns_and_dates_are_words_in_yaml() -> None:
-    assert Recipe.from_yaml("sparsity: 2:4").pattern == NM(2, 4)
+    assert Recipe.from_yaml("sparsity: 2:4").sparsity == NM(2, 4)
     values = {
         "2:4": "2:4",
         "1e-3": 0.001,
@@ -259,44 +269,16 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
             parse_value(text, "x")
 
 
-def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text("sparsity: 2:4")
+    file.write_text("beta: 0.2")
+    assert load_recipe_settings(str(file), "align") == {"beta": 0.2}  # a verb without shipped recipes
+    with pytest.raises(FistaPrunerError, match=r"^recipe 'spp' is not a file$"):
+        load_recipe_settings("spp", "align")
     monkeypatch.setattr("fistapruner.settings.parse.shipped_recipes", Mock(return_value={}))
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
         load_recipe_settings(str(file))
-
-
-def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
-    file = tmp_path / "own.yaml"
-    file.write_text("beta: 0.2")
-    assert load_recipe_settings(str(file), "align") == {"beta": 0.2}
-    with pytest.raises(FistaPrunerError, match=r"^recipe 'spp' is not a file$"):
-        load_recipe_settings("spp", "align")
-
-
-def test_a_section_that_is_no_mapping_is_refused() -> None:
-    for section, value in (("calibration", "c4"), ("execution", "process")):
-        with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
-            Recipe.build(merge_settings({section: value}, {section: {"device": None}}))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("low_rank: yes", "low_rank: a number is expected .got True"),
-        ("reconstruct: no", "reconstruct: a number is expected .got False"),
-        ("seed: yes", "seed: a number is expected"),
-        ("calibration: {samples: true}", "calibration.samples: a number is expected"),
-        ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
-        ("method: {fista: {penalty: yes}}", "penalty True: relative or published is expected"),
-    ],
-)
-def test_yes_is_no_number(setting: str, message: str) -> None:
-    with pytest.raises(FistaPrunerError, match=message):
-        Recipe.from_yaml(setting)
-    assert Recipe.from_yaml("error_correction: no").error_correction is False
 
 
 @pytest.mark.parametrize("setting", ["scale", "anchor", "beta", "lr", "clip"])
@@ -304,12 +286,6 @@ def test_yes_is_no_number(setting: str, message: str) -> None:
 def test_infinity_is_no_number(setting: str, number: str) -> None:
     with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}.*number"):
         AlignRecipe.from_yaml(f"{setting}: {number}")
-
-
-@pytest.mark.parametrize("tokens", ["9" * 400, "9" * 400 + "M", 10**400])
-def test_tokens_beyond_all_numbers_are_refused(tokens: str | int) -> None:
-    with pytest.raises(FistaPrunerError, match=r"^recipe: data.tokens: "):
-        RecoverRecipe.build({"data": {"tokens": tokens}})
 
 
 @given(count=st.integers(0, 2**63 - 1), zeros=st.integers(0, 3))
@@ -331,13 +307,6 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
     assert spp.windows_per_step * 4 == 128
     for recipe in forward_only:
         assert (recipe.steps, recipe.windows_per_step, recipe.parameters) == (20_000, 16, "full")
-
-
-def test_none_over_a_recipe_replaces_what_it_says() -> None:
-    """As null does in a recipe file; flags that are not given leave the recipe as it is."""
-    base = {"calibration": {"source": "c4", "seqlen": 64}}
-    recipe = Recipe.build(merge_settings(base, {"calibration": {"seqlen": None}}))
-    assert (recipe.calibration.seqlen, recipe.calibration.source) == (None, "c4")
 
 
 def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> None:
@@ -370,8 +339,6 @@ def test_texts_may_be_paths() -> None:
         assert getattr(kind.build({name: {"source": file}}), name).source == "text.txt"
         assert getattr(kind.build({name: {"source": {"one": file}}}), name).tasks == {"one": "text.txt"}
     assert AlignRecipe.build({"data": {"pairs": file}}).data.pairs == "text.txt"
-    with pytest.raises(FistaPrunerError, match=r"calibration\.source.*: .* \(got an object of the class list\)"):
-        Recipe.build({"calibration": {"source": ["a", "b"]}})
 
 
 def test_wrong_settings_of_a_recipe_are_one_line() -> None:
@@ -389,42 +356,6 @@ def test_wrong_settings_of_a_recipe_are_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"allocation": {"down_proj": "150%"}}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
-        ({"allocation": "{down_proj: 150%}"}, "down_proj: sparsity '?1.5'? is out of range: a share of "),
-        ({"allocation": {0: "30%"}}, r"0: names of operators are expected, such as down_proj or 're:layers\\.0\\.'"),
-        ({"allocation": "{down_proj: }"}, "down_proj: sparsity None is not understood: write "),
-        ({"allocation": {"re:(": "30%"}}, r"'re:\(' is not a regular expression: "),
-        ({"targets": "down_proj"}, r"a list of names is expected, such as \[down_proj\] \(got 'down_proj'\)$"),
-        ({"ignore": None}, r"a list of names is expected, such as \[down_proj\] \(got None\)$"),
-        ({"targets": [0]}, r"Input should be a valid string \(got 0\)$"),
-    ],
-)
-def test_names_of_operators_and_their_sparsities_are_checked_one_by_one(settings: dict[str, Any], message: str) -> None:
-    [setting] = settings
-    with pytest.raises(FistaPrunerError, match=rf"^recipe: {setting}(\.0)?: {message}") as error:
-        Recipe.build(settings)
-    assert str(error.value).count("allocation") <= 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"methods": "wanda"}, r"unknown setting 'methods': did you mean 'method'\?$"),
-        ({"seqlen": 64}, r"unknown setting 'seqlen': did you mean 'calibration\.seqlen'\?$"),
-        ({"dtype": torch.float16}, r"dtype: .*'float16' \(got an object of the class dtype\)$"),
-        ({"calibration": {"sample": 4}}, r"unknown setting 'calibration\.sample': did you mean 'samples'\?$"),
-        ({"calibration": {"xyz": 4}}, r"unknown setting 'calibration\.xyz': one of .*samples, .* is expected$"),
-        ({"method": {"fista": {"penalti": 4}}}, r"unknown setting 'penalti': did you mean 'penalty'\?"),
-    ],
-)
-def test_an_unknown_setting_is_answered_with_the_nearest_or_all(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(FistaPrunerError, match=message):
-        Recipe.build(settings)
-
-
-@pytest.mark.parametrize(
     ("kind", "other"), [(Recipe, RecoverRecipe), (RecoverRecipe, Recipe), (Recipe, AlignRecipe), (AlignRecipe, Recipe)]
 )
 def test_a_recipe_of_another_verb_is_answered_briefly(kind: type[Any], other: type[Any]) -> None:
@@ -435,27 +366,22 @@ def test_a_recipe_of_another_verb_is_answered_briefly(kind: type[Any], other: ty
     assert len(str(error.value)) < 800
 
 
-def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
+def test_settings_are_merged() -> None:
+    """With an amount of structure alone; None and other texts replace what a recipe says, as null does in a file."""
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):
         structure = Recipe.build(merge_settings(base, changes)).structure
         assert (structure.remove, structure.method) == (Remove(share=0.25), "flap")
-    assert merge_settings({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
-        "structure": {"remove": "50%", "method": "flap"}
-    }
+    merged = merge_settings({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}})
+    assert merged == {"structure": {"remove": "50%", "method": "flap"}}
+    recipe = {"calibration": {"source": {"a": "c4"}, "seqlen": 64}}
+    for changed in ({"seqlen": None}, {"source": "python"}, {"source": {"b": "c4"}}):
+        assert merge_settings(recipe, {"calibration": changed})["calibration"] == recipe["calibration"] | changed
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1e9", 10**9), ("1.5k", 1500)])
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    "limit", [0, "0", "0.5", -1, "-1GiB", "much", "", "8 apples", "1e400", "9" * 400, ".", "-1", "1.2.3"]
-)
-def test_a_memory_limit_that_is_no_size_or_less_than_a_byte_is_refused(limit: str | int) -> None:
-    with pytest.raises(FistaPrunerError, match="is not a size: write 8GiB, 500MB or a number of bytes"):
-        Recipe.build({"execution": {"memory_limit": limit}})
 
 
 def test_a_structure_that_is_taken_back_leaves_the_default_sparsity() -> None:
@@ -472,14 +398,6 @@ def test_one_calibration_text_or_several_by_name() -> None:
     assert built().sources == {"self": "self"}
     assert built(source={"a": "c4"}).sources == built(source={"a": "c4"}).tasks == {"a": "c4"}
     mixed = built(source={"a": "python", "b": "x.txt"})
-    assert (mixed.name, mixed.files) == ("a, b", (Path("x.txt"),))
+    assert mixed.name == "a, b"
     assert mixed.with_absolute_files().tasks == {"a": "python", "b": str(Path("x.txt").absolute())}
     assert Recipe.from_yaml(Recipe.build({"calibration": mixed.model_dump()}).to_yaml()).calibration == mixed
-    with pytest.raises(FistaPrunerError, match="samples is 1, and each of the 2 texts needs a window"):
-        built(samples=1, source={"a": "c4", "b": "python"})
-    base = {"calibration": {"source": {"a": "c4"}, "samples": 4}}
-    for source in ("python", {"b": "c4"}):  # replaces all that were there
-        assert merge_settings(base, {"calibration": {"source": source}})["calibration"] == {
-            "source": source,
-            "samples": 4,
-        }

@@ -1,7 +1,5 @@
 """Properties that every solver, every refinement and every constraint must have."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,20 +109,15 @@ def test_beats_magnitude(chain: str, sparsity: str) -> None:
 
 @over_every_chain
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
-def test_the_scale_of_activations_changes_nothing(chain: str, sparsity: str) -> None:
+def test_the_scale_of_activations_and_the_order_of_rows_change_nothing(chain: str, sparsity: str) -> None:
     problem = make_problem(32)
     scaled = replace(problem, gram=problem.gram * 2.0**-12, energy=None)  # a power of four: roots stay exact, too
     one, two = solve(problem, sparsity, chain), solve(scaled, sparsity, chain)
     assert relative(one) == pytest.approx(relative(two), rel=2e-3)
-
-
-@over_every_chain
-def test_permuting_rows_permutes_the_result(chain: str) -> None:
-    problem = make_problem(24)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
-    one, two = solve(problem, "2:4", chain), solve(problem.slice(order), "2:4", chain)
-    assert relative(one) == pytest.approx(relative(two), rel=1e-3)
-    assert float((one.mask[order] == two.mask).float().mean()) > 0.99
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    permuted = solve(problem.slice(order), sparsity, chain)
+    assert relative(one) == pytest.approx(relative(permuted), rel=1e-3)
+    assert float((one.mask[order] == permuted.mask).float().mean()) > 0.99
 
 
 @over_every_chain
@@ -269,7 +262,7 @@ WRONG: list[tuple[Any, str]] = [
     (7, "method 7 is"),
     ([], r"method \[\] is"),
     ("wnada", "method 'wnada'.*wanda"),
-    ([{"wanda": {}, "refit": {}}], "method step .*'refit'"),
+    ([{"wanda": {}, "refit": {}}], "method .*'refit'.* is not a name"),
     *((name, f"'{name}'.* wanda\\+{name}") for name in REFINEMENTS),
     *((f"wanda+refit+{name}", rf"'{name}'.*'wanda\+refit'") for name in SOLVERS if name not in ("fista", "proximal")),
 ]

@@ -1,7 +1,5 @@
 """Published methods against their papers and programs, written out anew in fp64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

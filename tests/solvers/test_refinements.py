@@ -1,7 +1,5 @@
 """Refit and swap against least squares in fp64."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,14 +1,11 @@
 """The splitting against ADMM with an explicit dual in fp64; the default solver; sparse plus low rank."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fistapruner import FistaPrunerError
 from fistapruner.core import LayerProblem, parse_sparsity
 from fistapruner.solvers import Solution, parse_method, solve
 from fistapruner.solvers.low_rank import LowRank, WithLowRank, solve_low_rank
@@ -102,7 +99,6 @@ def test_a_low_rank_part_lowers_the_error(method: str, sparsity: str, drift: flo
     before = plain.stats[0]["relative_error"]
     for rank in (1, 4, 12):
         sparse, part, error = solved(problem, rank, sparsity, method)
-        assert part is not None
         assert part.b.shape[1] == part.a.shape[0] == rank
         assert error < before
         assert sparse.stats[0]["relative_error"] == pytest.approx(error, rel=1e-4)
@@ -125,7 +121,6 @@ def test_it_is_the_best_of_its_rank(rows: int, sparsity: str, drift: float, targ
     if identity:
         problem = LayerProblem(problem.weight, torch.eye(32))
     sparse, part, _ = solved(problem, 5, sparsity, "wanda")
-    assert part is not None
     gram = damped(problem.gram, 0.001)
     factor = torch.linalg.cholesky(gram)
     drifted = linear(problem) - problem.weight.double() @ problem.gram.double()
@@ -158,8 +153,4 @@ def test_full_rank_leaves_no_error_and_dead_inputs_take_none_of_a_rank() -> None
     gram = problem.gram.clone()
     gram[7] = gram[:, 7] = 0.0
     _, part, _ = solved(replace(problem, gram=gram), 3, "2:4", "wanda")
-    assert part is not None
     assert not bool(part.a[:, 7].any())
-    for rank in (-1, 25):
-        with pytest.raises(FistaPrunerError, match=f"fc1 is 24 x 32: .* 0 to 24, not {rank}"):
-            solved(problem, rank, "2:4", "wanda")

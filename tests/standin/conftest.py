@@ -1,7 +1,5 @@
 """Stand-in GPUs for every test of this folder that asks for them, and for the processes that it starts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GPUs that the tests of this folder run on: stand-ins, or those of the machine if ``REAL_GPU=1`` is set."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from typing import Any

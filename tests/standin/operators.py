@@ -1,7 +1,5 @@
 """What CUDA does with each operator of PyTorch: from its own table, and lists of names where the table is silent."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import cache

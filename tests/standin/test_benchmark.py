@@ -1,7 +1,5 @@
 """The benchmark for the day a GPU is there works on a stand-in."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

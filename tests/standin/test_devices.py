@@ -1,7 +1,5 @@
 """Which GPU a run takes, which precision, and what it says of both."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The memory of a GPU: planned as it is used, and a run that goes on with less where it runs out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -57,13 +55,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("default", "best") else pytest.mark.slow) for name in SETTINGS]
-)
+@pytest.mark.parametrize("name", tiny.quick_first(SETTINGS, ("default", "best")))
 def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_path: Path, name: str) -> None:
     report = prune(wide, tmp_path / "run", **SETTINGS[name])
     planned = max(plan_pruning(wide, Recipe.build(report.recipe)).device_memory.values())
-    assert report.totals.peak_device_memory is not None
     assert report.totals.peak_device_memory <= planned < 2.5 * report.totals.peak_device_memory
 
 
@@ -131,8 +126,6 @@ def test_an_evaluation_takes_no_more_windows_than_fit(
     assert "evaluation: the memory of cuda:0 ran out; it goes on with 16 windows at a time" in caplog.text
     gpu.memory, gpu.refused = memory, 0
     (found,), expected = report.evaluations, fistapruner.evaluate(tmp_path / "run" / "model", str(text), **evaluation)
-    assert found.perplexity is not None
-    assert expected.perplexity is not None
     assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, rel=1e-3)
     fewer = merge_settings(settings, {"execution": {"batch_size": 8}})
     prune(shallow, tmp_path / "fewer", listener=Shrinking(gpu, less), **fewer)
@@ -162,8 +155,9 @@ def decided(run: Path) -> bool:
     return bool(json.loads((run / "run.json").read_text())["decision"]["on_device"])
 
 
-def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, tmp_path: Path) -> None:
     """No pass copies them. Where they do not fit, the bits are the same."""
+    deep = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=2)
     says = tiny.Said()
     gpu.moved.clear()
     prune(deep, tmp_path / "there", listener=says, **STATES)

@@ -1,7 +1,5 @@
 """Solvers on a stand-in GPU: no tensor of another device, the CPU's result, no wait inside the default's iterations."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -49,7 +47,6 @@ def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: str, sparsity: st
     """Last bits decide which of nearly equal weights stay."""
     pattern, steps = parse_sparsity(sparsity), parse_method(chain)
     (found, part), (there, _) = (solve_low_rank(problem(device), pattern, steps, 2) for device in (LAST, "cpu"))
-    assert part is not None
     assert part.a.device == part.b.device == found.weight.device == torch.device(LAST)
     assert found.stats[0]["relative_error"] == pytest.approx(there.stats[0]["relative_error"], rel=0.2)
     assert not gpu.unordered

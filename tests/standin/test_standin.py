@@ -1,7 +1,5 @@
 """The stand-in GPU refuses what a GPU refuses, and counts what a GPU would wait for."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Small layer problems of channels, what is known of their inputs, and models that must compute the same."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +12,7 @@ from fistapruner.settings.structure import Structure
 from fistapruner.structure.refit import ChannelStatistics
 
 ROWS, CHANNELS, COUNT = 5, 8, 200
-TOKENS = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+TOKENS = tiny.tokens(2, 16)
 
 
 def assert_alike(small: Any, dense: Any) -> None:

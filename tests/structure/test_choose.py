@@ -1,7 +1,5 @@
 """The choice of channels: scores by their definition, elimination against brute force."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

@@ -1,7 +1,5 @@
 """The weights of the channels that stay: optimality, shrinkage by cross-validation, bias, statistics."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest
@@ -41,7 +39,6 @@ def test_every_subset_has_its_least_squares_weights(drift: float, target: float)
 def test_shrinkage_is_a_penalty_on_the_change_of_each_channel(share: float) -> None:
     """Of ``share / (1 - share) H_jj``, with drift too: the minimum from the Gram and the drift before shrinkage."""
     problem = make(0.3, 0.5)
-    assert problem.drift is not None
     gram = problem.gram.double()
     penalised = gram + share / (1 - share) * torch.diag(gram.diagonal())
     change = torch.linalg.solve(penalised, problem.drift.double(), left=False)
@@ -129,7 +126,6 @@ def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
         known = sums.statistics("operator", 1.0)
         removal = remove_channels(known, 8, by("flap"), biased=True)
         gone = [channel for channel in range(12) if channel not in removal.keep.tolist()]
-        assert removal.bias is not None
         torch.testing.assert_close(removal.bias, weight[:, gone] @ seen.mean(0)[gone], rtol=1e-4, atol=1e-4)
         assert torch.equal(removal.weight, weight[:, removal.keep])
         outputs = seen[:, removal.keep] @ removal.weight.T + removal.bias
@@ -205,9 +201,6 @@ def test_statistics_are_the_same_for_all_batch_sizes(compared: int, splits: tupl
             sums.add(start, inputs[rows], *told)
             start += size
         known = sums.statistics("operator", 1.0)
-        assert known.halves is not None
-        assert known.half_means is not None
-        assert known.drift_mean is not None
         for gram, mean, part in zip(known.halves, known.half_means, parts, strict=True):
             torch.testing.assert_close(gram, part.T @ part / len(part), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(mean, part.double().mean(0), rtol=1e-6, atol=1e-6)

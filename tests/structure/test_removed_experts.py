@@ -1,7 +1,5 @@
 """Experts, and channels of experts, are removed; the result is an ordinary smaller checkpoint."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ import pytest
 import torch
 from problems import TOKENS, assert_alike
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -19,8 +16,8 @@ from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import Report
 
-SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 QUARTER = {"remove": "mlp=25%", "multiple": 4}
+GOA = {**QUARTER, "method": "goa"}
 WIDTHS = {
     "qwen2_moe": {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "intermediate_size": 48},
     "qwen3_moe": {"moe_intermediate_size": 12, "intermediate_size": 48},
@@ -34,18 +31,22 @@ WIDTHS = {
 """What a quarter makes of the configs: entries that no MLP has its width from stay."""
 SOME = ("deepseek_v3", "gpt_oss", "qwen2_moe")
 """Mixtures with groups, in one tensor, with a shared expert; the others are slow tests."""
-EVERY = [pytest.param(each, marks=[] if each in SOME else pytest.mark.slow) for each in tiny.MIXTURES]
+EVERY = tiny.quick_first(tiny.MIXTURES, SOME)
 MORE: dict[str, Any] = {"n_routed_experts": 8}
 """DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
 
 
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+def expert_inputs(dense: Any, layer: int, run: Path) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """The experts of a layer of a whole model; the inputs of its tokens, their experts and weights."""
+    calls, experts = [], dense.model.layers[layer].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.no_grad():
+        dense(PruneDirectory(run).tokens())
+    return experts, *calls[0]
 
 
 def kept(report: Report, layer: int) -> list[int]:
     (removal,) = report.layers[layer].removals
-    assert removal.kept is not None
     return removal.kept
 
 
@@ -77,9 +78,9 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 ) -> None:
     """Every bit, where passes have fewer and where experts get another number, too."""
     changes: dict[str, Any] = MORE if architecture == "deepseek_v3" else {}
-    folder = tiny.save(architecture, tmp_path / "model", original=original, **changes)
-    report = fp.prune(folder, tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=SMALL)
-    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    model = {"original": original, **changes}
+    report = tiny.prune(tmp_path, architecture, model, structure="experts=50%", dtype="bfloat16")
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
     before = 8 if changes else 4
     stay = {layer.index: kept(report, layer.index) for layer in report.layers if layer.removals}
     assert any(each != list(range(before // 2)) for each in stay.values())
@@ -101,14 +102,9 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
 
 
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL, propagate="dense")
-    dense, calls = loaded(folder), []
-    experts = dense.model.layers[1].mlp.experts
-    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    report = tiny.prune(tmp_path, "qwen3_moe", structure="experts=1", propagate="dense")
+    experts, inputs, chosen, weights = expert_inputs(tiny.loaded(tmp_path / "model"), 1, tmp_path / "run")
     with torch.no_grad():
-        dense(PruneDirectory(tmp_path / "run").tokens())
-        inputs, chosen, weights = calls[0]
         scores = []
         for expert in range(4):
             losses = []
@@ -124,12 +120,12 @@ def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path
 
 def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
     folder = tiny.save_unused_expert(tmp_path / "model", 2)
-    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=tiny.SMALL)
     assert kept(report, 0) == kept(report, 1) == [0, 1, 3]
     assert report.method == "reap"
     assert [removal.scores[2] for layer in report.layers for removal in layer.removals if removal.scores] == [0, 0]
     with torch.no_grad():
-        expected, found = (loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
+        expected, found = (tiny.loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -138,10 +134,8 @@ def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_noth
 def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_does(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
-    structure = {**QUARTER, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
-    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    report = tiny.prune(tmp_path, architecture, structure={**QUARTER, "method": method})
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
     assert {name: getattr(small.config, name) for name in WIDTHS[architecture]} == WIDTHS[architecture]
     assert small.num_parameters() == report.totals.model_weights < dense.num_parameters()
     chosen = set()
@@ -162,15 +156,9 @@ def test_the_narrower_model_computes_what_the_dense_model_with_zeroed_channels_d
 @pytest.mark.parametrize("method", ["obs", "energy", "magnitude", "flap"])
 def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, method: str) -> None:
     """The last two are scores; least squares tries every channel, on the tokens that go to the expert."""
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    structure = {"remove": "mlp=15", "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, propagate="dense")
-    small, dense, calls = loaded(tmp_path / "run" / "model"), loaded(folder), []
-    experts = dense.model.layers[0].mlp.experts
-    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
-    with torch.no_grad():
-        dense(PruneDirectory(tmp_path / "run").tokens())
-    inputs, routed, _ = calls[0]
+    report = tiny.prune(tmp_path, "qwen3_moe", structure={"remove": "mlp=15", "method": method}, propagate="dense")
+    small, dense = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
+    experts, inputs, routed, _ = expert_inputs(dense, 0, tmp_path / "run")
     dense.requires_grad_(requires_grad=False)
     for number, (write, read, _) in enumerate(mlps(small)[:4]):
         tokens = inputs[(routed == number).any(1)]
@@ -201,10 +189,9 @@ def test_an_expert_loses_the_channel_that_the_definition_says(tmp_path: Path, me
 @pytest.mark.parametrize("method", ["obs", "energy", "magnitude", "flap"])
 def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method: str) -> None:
     """Those that stay choose their channels on their new tokens; with heads, and a pattern, in one run."""
-    folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4, "method": method}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, sparsity="2:4", calibration=SMALL)
-    small = loaded(tmp_path / "run" / "model")
+    report = tiny.prune(tmp_path, "qwen2_moe", structure=structure, sparsity="2:4")
+    small = tiny.loaded(tmp_path / "run" / "model")
     assert small.num_parameters() == report.totals.model_weights
     config = small.config
     assert (config.num_experts, config.moe_intermediate_size, config.num_key_value_heads) == (3, 12, 1)
@@ -223,13 +210,12 @@ def test_experts_go_before_channels_which_go_before_zeros(tmp_path: Path, method
 
 
 def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: Path) -> None:
-    folder = tiny.save("qwen2_moe", tmp_path / "model")
     structure = {"remove": "mlp=25%,heads=1,experts=25%", "multiple": 4}
-    fp.prune(folder, tmp_path / "run", structure=structure, sparsity="2:4", calibration=SMALL)
+    tiny.prune(tmp_path, "qwen2_moe", structure=structure, sparsity="2:4")
     fp.pack(tmp_path / "run" / "model", tmp_path / "packed", values="bf16")
     with torch.no_grad():
         packed, small = (
-            model(TOKENS).logits for model in (fp.load(tmp_path / "packed"), loaded(tmp_path / "run/model"))
+            model(TOKENS).logits for model in (fp.load(tmp_path / "packed"), tiny.loaded(tmp_path / "run/model"))
         )
     torch.testing.assert_close(packed.float(), small, rtol=0.05, atol=0.05)
     data = {"source": "python", "tokens": 300, "seqlen": 16}
@@ -241,7 +227,7 @@ def test_narrower_experts_are_packed_and_keep_their_zeros_in_training(tmp_path: 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", **MORE)
-    asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": SMALL}
+    asked: dict[str, Any] = {"structure": {"remove": "mlp=25%,experts=25%", "multiple": 4}, "calibration": tiny.SMALL}
     asked |= {"method": "sparsegpt", "sparsity": "2:4", "error_correction": False}
     fp.prune(folder, tmp_path / "whole", **asked)
     tiny.begin(folder, tmp_path / "parts", layers=2, **asked)
@@ -249,7 +235,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     shards = tiny.weights(tmp_path / "whole")
     assert len(shards) > 2
     assert tiny.weights(tmp_path / "parts") == shards
-    config = loaded(tmp_path / "whole" / "model").config
+    config = tiny.loaded(tmp_path / "whole" / "model").config
     assert (config.n_routed_experts, config.moe_intermediate_size, config.intermediate_size) == (6, 12, 36)
 
 
@@ -260,11 +246,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 )
 def test_several_processes_share_a_run(tmp_path: Path, architecture: str, structure: Any) -> None:
     folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
-    settings: dict[str, Any] = {"structure": structure, "calibration": SMALL, "propagate": "dense"}
+    settings: dict[str, Any] = {"structure": structure, "calibration": tiny.SMALL, "propagate": "dense"}
     fp.prune(folder, tmp_path / "whole", **settings)
     fp.prune(folder, tmp_path / "parts", **settings, execution={"executor": "process", "workers": 2})
     assert tiny.weights(tmp_path / "whole") == tiny.weights(tmp_path / "parts")
-    assert loaded(tmp_path / "whole" / "model").config.num_key_value_heads == 1
+    assert tiny.loaded(tmp_path / "whole" / "model").config.num_key_value_heads == 1
 
 
 def test_windows_at_a_time_change_the_rounding_only(tmp_path: Path) -> None:
@@ -296,7 +282,7 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
         for removal in layer.removals:
             if removal.tokens is not None and removal.tokens < 48:
                 assert removal.shrink == pytest.approx(48 / (48 + removal.tokens))
-    before, after = mlps(loaded(tmp_path / "model"))[2], mlps(loaded(tmp_path / "run" / "model"))[2]
+    before, after = mlps(tiny.loaded(tmp_path / "model"))[2], mlps(tiny.loaded(tmp_path / "run" / "model"))[2]
     keep = before[1].norm(dim=0).topk(36).indices.sort().values
     assert torch.equal(after[0], before[0][keep])
     assert torch.equal(after[1], before[1][:, keep])
@@ -304,20 +290,18 @@ def test_an_expert_without_tokens_loses_its_smallest_channels_and_is_named(tmp_p
 
 def test_shared_experts_keep_their_multiple(tmp_path: Path) -> None:
     """DeepSeek's have a multiple of the experts' width; rounded apart, 32 channels would be 20, and 16 are 12."""
-    folder = tiny.save("deepseek_v3", tmp_path / "model", n_shared_experts=2)
     structure = {"remove": "mlp=36%", "multiple": 4}
-    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL)
+    report = tiny.prune(tmp_path, "deepseek_v3", {"n_shared_experts": 2}, structure=structure)
     assert report.widths == {"MLP channels": (48, 32), "expert channels": (16, 12), "shared expert channels": (32, 24)}
-    assert loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
+    assert tiny.loaded(tmp_path / "run" / "model").config.moe_intermediate_size == 12
 
 
 @pytest.mark.parametrize(("multiple", "said"), [(4, True), (8, False)])
 def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, multiple: int, said: bool) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     listener, structure = tiny.Said(), {"remove": "mlp=30%", "multiple": multiple}
-    fp.prune(folder, tmp_path / "run", structure=structure, calibration=SMALL, listener=listener)
+    tiny.prune(tmp_path, "qwen3_moe", {"dtype": torch.bfloat16}, structure=structure, listener=listener)
     assert any("no multiple of 8, do not run in transformers" in each for each in listener.sentences) == said
-    result = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").eval()
+    result = tiny.loaded(tmp_path / "run" / "model", dtype="auto")
     with pytest.raises(RuntimeError, match="multiple of 16 bytes") if said else nullcontext():
         result(TOKENS)
     result.set_experts_implementation("eager")
@@ -328,14 +312,15 @@ def test_widths_that_transformers_refuses_by_default_are_named(tmp_path: Path, m
     ("architecture", "settings", "message"),
     [
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "allocation uniform"),
-        ("mixtral", {"structure": {**QUARTER, "method": "goa"}}, "goa does not rate channels of experts"),
+        ("mixtral", {"structure": GOA}, "goa does not rate channels of experts"),
         ("mixtral", {"structure": QUARTER, "sparsity": "2:8"}, "36 inputs"),
+        ("llama", {"structure": GOA, "sparsity": "50%"}, r"goa has no zeros \(50%\)"),
+        ("llama", {"structure": GOA, "allocation": {"v_proj": "0%", "down_proj": "2:4"}}, r"goa has no zeros \(2:4\)"),
     ],
 )
-def test_what_does_not_go_with_experts_is_refused(
+def test_what_does_not_go_together_is_refused_before_work(
     tmp_path: Path, architecture: str, settings: dict[str, Any], message: str
 ) -> None:
-    folder = tiny.save(architecture, tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
-    assert not (tmp_path / "run" / "model").exists()
+        tiny.prune(tmp_path, architecture, **settings)
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()

@@ -1,7 +1,5 @@
 """Examples with answers: which tokens carry loss, packing without splitting, every line that is refused."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path
@@ -218,11 +216,7 @@ def test_chats_that_the_template_cannot_write_are_refused(tmp_path: Path) -> Non
     source = write(tmp_path / "a.jsonl", [{"messages": [ASK, ANSWER]}, {"messages": [ASK, ANSWER, ASK, ANSWER]}])
     tools = write(tmp_path / "b.jsonl", [{"messages": [{"role": "tool", "content": "a"}, ANSWER]}])
     for path, template, words in (
-        (
-            source,
-            None,
-            r"line \d has messages that the .* chat template cannot write .*chat_template is not set",
-        ),
+        (source, None, r"line \d has messages that the .* chat template cannot write .*chat_template is not set"),
         (tools, CHAT, r"line 1 has messages that the tokenizer's chat template cannot write \(no tools\): give texts"),
         (source, FORGETFUL, r"line \d: the tokenizer's chat template changes earlier messages at message [24]"),
     ):

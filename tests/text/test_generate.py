@@ -1,7 +1,5 @@
 """Text that the model writes: its own distribution, the seed, what is kept when it is interrupted."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from test_windows import letters_tokenizer, tiny_model

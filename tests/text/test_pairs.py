@@ -1,7 +1,5 @@
 """Preference pairs: the three forms of TRL, every line that is refused, tokens as TRL makes them, the split."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training windows of a recovery run: the held-out split, packing, mixtures, and the order of the windows."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -116,6 +116,7 @@ def test_the_written_model_has_the_zeros_and_is_better(
         changed = (after[name] != before[name]).flatten(1).any(1)
         assert bool(changed.any()), name
         assert len(changed) > 4 or bool(changed.all()), name  # of a tensor of all experts, every one
+    assert not experts or any(entry.changed for entry in report.operators if ".experts." in entry.name)
     routers = [name for name in before if "router" in name or name.endswith(".gate.weight")]
     assert bool(routers) == bool(experts)
     assert all(torch.equal(after[name], before[name]) for name in routers)

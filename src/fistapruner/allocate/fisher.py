@@ -24,13 +24,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.linalg import exact_in_fast_products, fast_products
-from ..core.sums import add_gram, mirror
+from ..core.sums import ProblemSums, add_gram, mirror
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
@@ -46,18 +45,8 @@ WIDE = 4096
 """Hidden size above which only diagonals of the decoder layers' matrices are stored, to save memory."""
 
 
-@dataclass(frozen=True)
-class InputSums:
-    """Sums to gather in a forward pass of the dense model.
-
-    Args:
-        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows; their ``add`` takes
-            a batch of (tokens, n) inputs.
-        done: receives (layer, group, sums) after all windows.
-    """
-
-    sums: Callable[[Tensor], Any]
-    done: Callable[[int, int, Any], None]
+Gather = Callable[[int, int, ProblemSums], None]
+"""Receives (layer, group, sums of the group's inputs) after all windows."""
 
 
 @dataclass
@@ -87,13 +76,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class DensePasses:
-    """How passes of the dense model are carried out.
-
-    Args:
-        store: makes the stores of hidden states between decoder layers.
-        batch_size: windows in one pass.
-        tick: receives progress: (what, steps done, steps in all).
-    """
+    """How the dense model is passed; ``store`` makes the stores of hidden states between layers."""
 
     store: Store
     batch_size: int = 4
@@ -107,28 +90,28 @@ def measure_sensitivity(
     passes: DensePasses,
     *,
     seed: int = 0,
-    gather: InputSums | None = None,
+    gather: Gather | None = None,
+    gradients: bool = True,
     outputs: bool = True,
 ) -> Sensitivity:
-    """Run the dense model forwards and backwards over some windows.
+    """Run the dense model forwards, and backwards where ``gradients`` are asked for, over some windows.
 
     Args:
-        model: the dense model.
-        layout: its operators.
         tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) *
             windows * seqlen * width`` values.
-        passes: how the passes are carried out.
         seed: of the drawn labels.
-        gather: what else to gather in the forward pass.
+        gather: receives the sums of operator inputs from the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
-
-    Raises:
-        FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
     visit = None if gather is None else gathering(layout, gather)
-    states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=visit, keep=True, progress=progress)
+    states, calls = forward(
+        model, tokens, passes.batch_size, passes.store, visit=visit, keep=gradients, progress=progress
+    )
     last = states.pop()
+    if not gradients:
+        last.close()
+        return Sensitivity({}, [])
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
     loss_gradient(model, last, gradient, seed)
     last.close()
@@ -186,26 +169,16 @@ def row_importance(sensitivity: Tensor) -> Tensor:
     return root / root.mean()
 
 
-def gather_inputs(
-    model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, gather: InputSums
-) -> None:
-    """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
-    progress = partial(passes.tick, "decoder layers, forwards")
-    visit = gathering(layout, gather)
-    states, _ = forward(model, tokens, passes.batch_size, passes.store, visit=visit, progress=progress)
-    states[-1].close()
-
-
-def gathering(layout: Layout, gather: InputSums) -> Visit:
+def gathering(layout: Layout, gather: Gather) -> Visit:
     """Make the visitor of a forward pass that gathers sums of operator inputs."""
 
     @contextmanager
     def visit(index: int, layer: nn.Module) -> Iterator[Watched]:
         groups = list(enumerate(layout.layers[index]))
-        sums = [gather.sums(torch.cat([operator.weight(layer).float() for operator in group])) for _, group in groups]
+        sums = [ProblemSums(torch.cat([operator.weight(layer).float() for operator in group])) for _, group in groups]
         yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
         for number, each in enumerate(sums):
-            gather.done(index, number, each)
+            gather(index, number, each)
 
     return visit
 
@@ -238,9 +211,6 @@ def loss_gradient(model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenS
         hidden: output of the last decoder layer.
         gradient: receives the gradient, of the same shape.
         seed: of the labels, which are drawn from the model's predictions.
-
-    Raises:
-        FistaPrunerError: predictions are NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     with model.embeddings_and_head():

@@ -16,7 +16,7 @@ from ..core import Constraint, ProblemSums
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout, Operator
-from ..papers.owl import InputEnergy, Outliers
+from ..papers.owl import Outliers
 from ..papers.so_ebm import Workload
 from ..runs.records import WorkloadFacts
 from ..settings.prune import OWN, Recipe
@@ -24,7 +24,7 @@ from ..text.windows import window_tasks
 from .allocate import choose_patterns, split_budget
 from .channels import Permutations, reordered_rows
 from .curves import patterns_measured, predicted_cost, row_error_curves, sampled_rows
-from .fisher import DensePasses, InputSums, Sensitivity, gather_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, Sensitivity, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are measured, at most: a few thousand tokens are enough to rank operators."""
@@ -34,22 +34,18 @@ SHARE = 4
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse a measured allocation that the sparsity or the structure does not allow, and a bad workload.
-
-    Raises:
-        FistaPrunerError: names the setting, or what is wrong in the workload file.
-    """
-    kind, pattern = measured_by(recipe), recipe.pattern
+    """Refuse a measured allocation that the sparsity or the structure does not allow, and a bad workload."""
+    kind, pattern = measured_by(recipe), recipe.sparsity
+    what, fault = f"allocation {recipe.allocation!r}" if kind else "weighting 'fisher'", None
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
-            f"removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+        fault = f"where experts are removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+    elif kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
+        fault = (
+            f"with {pattern}: it distributes zeros, so give an unstructured --sparsity such as 50% (error also takes "
+            "n:m), or allocation uniform"
         )
-    if kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {pattern}: it distributes zeros, so give an "
-            "unstructured --sparsity such as 50% (error also takes n:m), or allocation uniform"
-        )
+    if fault is not None:
+        raise FistaPrunerError(f"{what} cannot be used {fault}")
     _workload(recipe)
 
 
@@ -71,7 +67,7 @@ def measured_by(recipe: Recipe) -> str | None:
     if recipe.workload is not None:
         return "workload"
     if recipe.allocation == "auto":
-        free = recipe.pattern.supports_allocation and recipe.pattern.fraction > 0
+        free = recipe.sparsity.supports_allocation and recipe.sparsity.fraction > 0
         return "error" if free and _own(recipe) and recipe.structure.experts is None else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
@@ -80,8 +76,8 @@ def weighs_rows(recipe: Recipe) -> bool:
     """Check whether weights of output rows are asked for and can change the result."""
     named = recipe.weighting == "fisher"
     auto = recipe.weighting == "auto" and _own(recipe) and recipe.structure.experts is None
-    by_row = all(step.name in ("wanda", "refit") for step in recipe.steps)
-    compete = [each for each in recipe.patterns if each.fraction or (named and each is recipe.pattern)]
+    by_row = all(step.name in ("wanda", "refit") for step in recipe.method)
+    compete = [each for each in recipe.patterns if each.fraction or (named and each is recipe.sparsity)]
     return (named or auto) and not by_row and any(each.supports_allocation for each in compete)
 
 
@@ -108,7 +104,7 @@ def windows_measured(samples: int) -> int:
 
 def _own(recipe: Recipe) -> bool:
     """Check whether ``auto`` settings leave the papers': no, where every step keeps its paper's settings."""
-    return any(step.name == OWN for step in recipe.steps)
+    return any(step.name == OWN for step in recipe.method)
 
 
 @dataclass(frozen=True)
@@ -148,16 +144,12 @@ def decide(
     Args:
         recipe: all settings, checked by :func:`check_allocation`.
         layout: the operators to prune.
-        model: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used, of each task for a workload.
         sparsity: pattern of every operator, by full name, that the recipe gives without measuring.
-        passes: how passes are carried out.
         smaller: the operators in the shapes that they are to have, where channels are removed. Zeros are distributed
             over these shapes; the order of channels that are removed is chosen with them.
     """
-    if not needs_measuring(recipe):
-        return Decision()
-    kind, patterns = measured_by(recipe), patterns_measured(recipe.pattern)
+    kind, patterns = measured_by(recipe), patterns_measured(recipe.sparsity)
     curved = kind in ("error", "workload")
     workload = _workload(recipe)
     mix = {"": 1.0} if workload is None else workload.mix
@@ -169,38 +161,36 @@ def decide(
         permutations = Permutations(model, layout, kept, patterns if kind == "error" else ())
     seen = _Seen(layout, patterns if curved else (), permutations)
     outliers = Outliers(layout) if kind == "owl" else None
-    gather = None if outliers is None else InputSums(InputEnergy, outliers.add)
-    if curved or permutations is not None:
-        gather = InputSums(ProblemSums, seen.add)
+    gather = outliers.add if outliers is not None else seen.add if curved or permutations is not None else None
     sensitivity, costs = Sensitivity({}, []), {}
     for task, weight in mix.items():
         windows = tokens
         if workload is not None:
             windows = tokens[window_tasks(recipe.calibration) == list(recipe.calibration.tasks).index(task)]
         windows = windows[: windows_measured(len(windows))]
-        if differentiates(recipe):
-            outputs = recipe.reconstruct > 0
-            own = measure_sensitivity(model, layout, windows, passes, seed=recipe.seed, gather=gather, outputs=outputs)
+        gradients, outputs = differentiates(recipe), recipe.reconstruct > 0
+        own = measure_sensitivity(
+            model, layout, windows, passes, seed=recipe.seed, gather=gather, gradients=gradients, outputs=outputs
+        )
+        if gradients:
             costs[task] = {name: predicted_cost(errors, own.rows[name]) for name, errors in seen.errors.items()}
             sensitivity.add(own, weight)
-        elif gather is not None:
-            gather_inputs(model, layout, windows, passes, gather)
     found: dict[str, Constraint] | None = None
     facts: WorkloadFacts | None = None
     if outliers is not None:
-        found = dict(outliers.allocation(sizes, recipe.pattern.fraction))
+        found = dict(outliers.allocation(sizes, recipe.sparsity.fraction))
     elif curved:
         # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
-        found = dict.fromkeys(sizes, recipe.pattern)
+        found = {name: recipe.sparsity for name in sizes}
         known = {name: size for name, size in sizes.items() if name in seen.reached}
         curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
         if known and workload is not None:
-            split, facts = workload.allocate(curves, known, recipe.pattern.fraction, recipe.seed)
+            split, facts = workload.allocate(curves, known, recipe.sparsity.fraction, recipe.seed)
             found |= split
-        elif known and recipe.pattern.supports_allocation:
-            found |= split_budget(curves[""], known, recipe.pattern.fraction)
+        elif known and recipe.sparsity.supports_allocation:
+            found |= split_budget(curves[""], known, recipe.sparsity.fraction)
         elif known:
-            found |= choose_patterns(curves[""], known, patterns, recipe.pattern.fraction)
+            found |= choose_patterns(curves[""], known, patterns, recipe.sparsity.fraction)
     importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()} if weighs_rows(recipe) else {}
     metrics = sensitivity.outputs if recipe.reconstruct else None
     if permutations is None:
@@ -219,7 +209,7 @@ def _staying_patterns(
     cut = {name for name, operator in operators.items() if name in after and after[name].columns != operator.columns}
     narrower = {name.partition(f".{after[name].experts}.")[0] for name in cut if after[name].experts}  # decoder layers
     return {name: pattern for name, pattern in sparsity.items() if name not in cut} | {
-        name: recipe.pattern
+        name: recipe.sparsity
         for name, operator in operators.items()
         if name not in after and name.partition(f".{operator.experts}.")[0] not in narrower
     }

@@ -30,17 +30,16 @@ from ..models.source import Permissions
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.records import Evaluation
-from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.numerics import DTYPES, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
-from ..settings.parse import parse_bytes
+from ..settings.parse import Size
 from ..text.windows import window_length
 from .data import Windows, check_data, load_windows
 from .logits import KeptStates, divergence_of, perplexity_of, score_windows
 from .tasks import evaluate_tasks, find_tasks
 
 Names = Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
-Size = Annotated[int | None, BeforeValidator(lambda size: None if size is None else parse_bytes(str(size)))]
 
 
 class Asked(BaseModel):
@@ -85,7 +84,7 @@ class Asked(BaseModel):
 
 
 @undisturbed()
-@threads_within_quota()
+@cpu_threads()
 def evaluate(
     model: str | Path,
     data: str | Path | Windows | None = None,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core import Unstructured
+from ..core import ProblemSums, Unstructured
 from ..models.operators import Layout
 
 OUTLIER = 5.0
@@ -24,28 +24,6 @@ OUTLIER = 5.0
 
 REACH = 0.08
 """λ: largest distance of a layer's sparsity from the asked one."""
-
-
-class InputEnergy:
-    """Mean squared inputs of operators that read the same tensor: the diagonal of their Gram.
-
-    Args:
-        weight: (m, n) dense weights, stacked by rows.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self._tokens = 0
-        self._squares = torch.zeros(weight.shape[1], device=weight.device)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of (tokens, n) inputs."""
-        self._squares += inputs.float().square().sum(0)
-        self._tokens += len(inputs)
-
-    def scores(self) -> Tensor:
-        """Return Wanda's (m, n) scores; zeros for an expert that no token is routed to."""
-        return self.weight.float().abs() * (self._squares / max(self._tokens, 1)).sqrt()
 
 
 class Outliers:
@@ -56,9 +34,9 @@ class Outliers:
         self._scores: list[Tensor] = []
         self._shares: dict[int, float] = {}
 
-    def add(self, index: int, number: int, sums: InputEnergy) -> None:
-        """Add the inputs of group ``number`` of decoder layer ``index``."""
-        self._scores.append(sums.scores())
+    def add(self, index: int, number: int, sums: ProblemSums) -> None:
+        """Add the inputs of a group of decoder layer ``index``; an expert without tokens has no outliers."""
+        self._scores.append(sums.weight.abs() * (sums.gram.diagonal() / max(sums.tokens, 1)).sqrt())
         if number == len(self._layout.layers[index]) - 1:
             count = sum(scores.numel() for scores in self._scores)
             mean = sum(float(scores.sum(dtype=torch.float64)) for scores in self._scores) / count
@@ -67,12 +45,7 @@ class Outliers:
             self._scores.clear()
 
     def allocation(self, sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
-        """Return the sparsity of every operator.
-
-        Args:
-            sizes: weights of each operator, by full name.
-            fraction: the sparsity of all operators together.
-        """
+        """Return sparsities of operators of these ``sizes``, whose share of zeros together is ``fraction``."""
         low, high = min(self._shares.values()), max(self._shares.values())
         reach = min(REACH, fraction / 2, (1 - fraction) / 2)
         raw = {index: -2 * reach * (share - low) / ((high - low) or 1.0) for index, share in self._shares.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..runtime.devices import release_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.show import Clock
 from ..solvers import parse_method
-from ..solvers.base import Method, Solution, solve
+from ..solvers.base import Method, Solution
 from ..solvers.low_rank import LowRank, solve_low_rank
 from ..structure.refit import problem_without_tokens, share_of_few, shrunk
 from ..training.reconstruct import reconstruct_layer
@@ -53,62 +53,54 @@ def prune_layer(
     ``measures`` is None where the recipe needs nothing that is measured on the dense model.
     """
     model, clock = context.model, Clock(context.model.device)
-    result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))
     with ExitStack() as loaded:
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
-        passes = LayerPasses(context, index, streams, clock)
-        passes.begin()
-        pruning = _Pruning(passes, measures or LayerMeasures(), listener or Listener(), inspect, result)
-        for number in range(len(passes.groups)):
+        pruning = _Pruning(context, index, streams, measures or LayerMeasures(), clock)
+        pruning.listener, pruning.inspect = listener or Listener(), inspect
+        pruning.begin()
+        for number in range(len(pruning.groups)):
             pruning.remove_before(number, loaded)
-            if number in passes.solved:
+            if number in pruning.solved:
                 pruning.prune_group(number)
-            passes.pruned(number)
+            if pruning.cached is not None:
+                pruning.cached.pruned(number)
         pruning.reconstruct()
-        error = passes.output_pass()
-    entry, mixtures = result.entry, dict.fromkeys(operator.experts for operator in context.layout.in_layer(index))
-    entry.warnings += _routing_warnings(entry, filter(None, mixtures))
+        error = pruning.output_pass()
+    entry, mixtures = pruning.result.entry, (operator.experts for operator in context.layout.in_layer(index))
+    entry.warnings += _routing_warnings(entry, filter(None, dict.fromkeys(mixtures)))
     entry.seconds, entry.device = clock.seconds, str(model.device)
     if error is not None:
         entry.relative_error = error
         entry.relative_error_of = "what the dense layer adds to its input, first batch of calibration windows"
-    return result
+    return pruning.result
 
 
-@dataclass
-class _Pruning:
-    """Pruning of the loaded decoder layer of ``passes``; the result gathers what is done."""
+class _Pruning(LayerPasses):
+    """Pruning of a loaded decoder layer, with its passes."""
 
-    passes: LayerPasses
-    measures: LayerMeasures
     listener: Listener
     inspect: Inspect | None
-    result: LayerResult
-
-    def __post_init__(self) -> None:
-        self.context, self.index, self.clock = self.passes.context, self.passes.index, self.passes.clock
-        self.model, self.layer = self.context.model, self.passes.layer
 
     def remove_before(self, number: int, loaded: ExitStack) -> None:
         """Remove the experts and channels that go before group ``number`` is pruned."""
-        for mixture in self.passes.mixtures_before(number):
-            remove_experts(self.passes, mixture, self.result, loaded)
+        for mixture in self.mixtures_before(number):
+            remove_experts(self, mixture, loaded)
             release_memory()
-        for consumer in self.passes.cut_before(number):
-            (operator,) = self.passes.groups[consumer]
+        for consumer in sorted(group for group, due in self.cut.items() if due == number):
+            (operator,) = self.groups[consumer]
             name = _short_names([operator])
             self.listener.operators(self.index, name, None)
-            error = remove_channels_of(self.passes, consumer, self.measures, self.result)
+            error = remove_channels_of(self, consumer)
             self.listener.operators(self.index, name, error)
             release_memory()
 
     def prune_group(self, number: int) -> None:
         """Solve group ``number`` operator by operator, and write the solutions into the layer and the result."""
-        group = self.passes.groups[number]
+        group = self.groups[number]
         names = _short_names(group)
         self.listener.operators(self.index, names, None)
-        worst = self._solve_group(number, group, self.passes.sums_of(number))
+        worst = self._solve_group(number, group, self.sums_of(number))
         release_memory()
         for operator, name in zip(group, self.context.names(self.index, group), strict=True):
             # Of operators without zeros the checkpoint may have more bits than the layer.
@@ -123,7 +115,7 @@ class _Pruning:
 
         What depends on the Gram of the group is computed once; the problem is freed on return.
         """
-        recipe, names = self.context.recipe, self.context.names(self.index, group)
+        recipe, names = self.recipe, self.context.names(self.index, group)
         tokens = sums.tokens if group[0].experts else None
         with self.clock.phase("problem"):
             whole = _problem(sums, "+".join(names), recipe.dense_share, routed=tokens is not None)
@@ -135,7 +127,7 @@ class _Pruning:
                 self.inspect(self.index, number, problem)
             pattern, importance = self.context.sparsity[name], self._importance(operator, name)
             with self.clock.phase("solve"):
-                steps = parse_method("magnitude") if tokens == 0 else recipe.steps
+                steps = parse_method("magnitude") if tokens == 0 else recipe.method
                 solution, low_rank = _solve(problem, pattern, steps, recipe.low_rank, importance)
                 total, unrounded = self._write(operator, name, solution.weight, low_rank)
             with self.clock.phase("report"):
@@ -203,14 +195,13 @@ class _Pruning:
 
     def reconstruct(self) -> None:
         """Reconstruct the pruned layer as a block, if the recipe asks for it."""
-        wanted, recipe = self.passes.wanted, self.context.recipe
-        if wanted is None:
+        if self.wanted is None:
             return
-        groups, seen, calls = self.passes.groups, self.passes.streams.seen, self.context.calls
-        parts, metric, steps = self.result.parts, self.measures.metric, recipe.reconstruct
+        seen, calls, steps, seed = self.streams.seen, self.context.calls, self.recipe.reconstruct, self.recipe.seed
+        parts, metric = self.result.parts, self.measures.metric
         with self.clock.phase("reconstruct"):
             weights, record = reconstruct_layer(
-                self.model, self.index, groups, seen, wanted, calls, parts, metric, steps, recipe.seed
+                self.model, self.index, self.groups, seen, self.wanted, calls, parts, metric, steps, seed
             )
         self.result.weights |= weights
         self.result.entry.reconstruct = record  # type: ignore[attr-defined]
@@ -245,10 +236,7 @@ def _solve(
     Weights that stay have the same bits.
     """
     weighted = problem if importance is None else problem.weighted(importance)
-    if rank:
-        solution, low_rank = solve_low_rank(weighted, pattern, steps, rank)
-    else:
-        solution, low_rank = solve(weighted, pattern, list(steps)), None
+    solution, low_rank = solve_low_rank(weighted, pattern, steps, rank)
     if importance is None:
         return solution, low_rank
     stay = solution.mask & (solution.weight == weighted.weight)

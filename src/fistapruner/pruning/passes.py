@@ -23,40 +23,48 @@ from ..core import LayerProblem, ProblemSums
 from ..models.operators import Group
 from ..passes.store import CachedOutputs, HiddenStates, RoutedTokens, kept_projections
 from ..passes.stream import Around, Watched, run_layer
+from ..runs.records import LayerEntry
 from ..runtime.show import Clock
 from ..structure.refit import ChannelStatistics, ChannelSums
 from ..structure.units import Unit
-from .context import LayerContext, LayerStreams
+from .context import LayerContext, LayerMeasures, LayerResult, LayerStreams
 from .drift import Drift
 
 
 class LayerPasses:
-    """The passes of the calibration windows through one loaded decoder layer while it is pruned."""
+    """The passes of the calibration windows through one loaded decoder layer while it is pruned.
 
-    def __init__(self, context: LayerContext, index: int, streams: LayerStreams, clock: Clock) -> None:
-        self.context, self.index, self.streams, self.clock = context, index, streams, clock
-        self.layer, self.groups = context.model.layers[index], context.layout.layers[index]
+    ``result`` gathers what is done to the layer.
+    """
+
+    def __init__(
+        self, context: LayerContext, index: int, streams: LayerStreams, measures: LayerMeasures, clock: Clock
+    ) -> None:
+        self.context, self.index, self.streams, self.measures, self.clock = context, index, streams, measures, clock
+        self.model, self.recipe = context.model, context.recipe
+        self.result = LayerResult(LayerEntry(index=index, name=f"{context.layout.layers_name}.{index}"))
+        self.layer, self.groups = self.model.layers[index], context.layout.layers[index]
         self.solved = context.solved(index)
         """Numbers of the groups that are solved."""
-        recipe, units = context.recipe, context.units(index)
+        recipe, units = self.recipe, context.units(index)
         numbers = {operator.name: number for number, group in enumerate(self.groups) for operator in group}
         touched = {unit.name: {numbers[name] for name in unit.names if name in numbers} for unit in units}
         self._touched = set[int]().union(*touched.values())
         self._corrects = recipe.error_correction
-        # By number of the group that loses inputs, the number of the group before which its channels are removed.
-        self._cut = {numbers[name]: min(found) if self._corrects else 0 for name, found in touched.items()}
+        self.cut = {numbers[name]: min(found) if self._corrects else 0 for name, found in touched.items()}
+        """By number of the group that loses inputs, the number of the group before which its channels are removed."""
         self._fits_left = context.fitted(index)
         self._drift = Drift(context, index, streams)
-        self._cached: CachedOutputs | None = None
+        self.cached: CachedOutputs | None = None
         if self._corrects:
             later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
-            projections = kept_projections(context.layout, index, context.model.device)
-            self._cached = CachedOutputs(
+            projections = kept_projections(context.layout, index, self.model.device)
+            self.cached = CachedOutputs(
                 index, self.layer, self.groups, projections, later_passes, streams.seen, context.scratch
             )
         self._sums: dict[int, ProblemSums | ChannelSums] = {}  # of a group's operators, or of the inputs it loses
         self._routed: dict[str, RoutedTokens] = {}
-        cut_experts = [number for number in self._cut if self.groups[number][0].experts]
+        cut_experts = [number for number in self.cut if self.groups[number][0].experts]
         self._routed_left = Counter(self.groups[number][0].experts for number in (*self.solved, *cut_experts))
         """By mixture, how often its tokens are still read."""
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
@@ -74,7 +82,7 @@ class LayerPasses:
         streams, drift = self.streams, self._drift
         if streams.dense is not None and (self.groups or streams.dense_out is not None):
             for number in self._same_in_dense() if streams.pruned is None else ():
-                self._sums[number] = self._new_sums(number, channels=number in self._cut, drifted=False)
+                self._sums[number] = self._new_sums(number, channels=number in self.cut, drifted=False)
 
             def keep(number: int, start: int, values: Tensor) -> None:
                 with self.clock.phase("io"):
@@ -106,13 +114,13 @@ class LayerPasses:
 
     def _same_in_dense(self) -> list[int]:
         """Return the groups whose sums are gathered in the dense pass: nothing is pruned before them."""
-        last = 0 if self._corrects else -1 if self._cut else len(self.groups)
+        last = 0 if self._corrects else -1 if self.cut else len(self.groups)
         found = [number for number in self.solved if number <= last and number not in self._touched]
         if not self._fits_left:
             found += [
                 number
-                for number, due in self._cut.items()
-                if not any(other < due for other in self.solved) and (number == min(self._cut) or not self._corrects)
+                for number, due in self.cut.items()
+                if not any(other < due for other in self.solved) and (number == min(self.cut) or not self._corrects)
             ]
         return [number for number in found if not self.groups[number][0].experts]
 
@@ -122,7 +130,7 @@ class LayerPasses:
         They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on
         drifted inputs, or a mixture of both, as for single operators.
         """
-        streams, share, device = self.streams, self.context.recipe.dense_share, self.context.model.device
+        streams, share, device = self.streams, self.recipe.dense_share, self.model.device
         if streams.dense is None:
             self._run(streams.seen, output=wanted)
         elif streams.pruned is not None and share < 1.0:
@@ -140,10 +148,6 @@ class LayerPasses:
         for place, group in enumerate(self.groups):
             first.setdefault(group[0].experts, place if self._corrects else 0)
         return [mixture for mixture in self.context.mixtures(self.index) if first[mixture.name] == number]
-
-    def cut_before(self, number: int) -> list[int]:
-        """Return the groups whose inputs are removed before group ``number`` is pruned."""
-        return [consumer for consumer, due in sorted(self._cut.items()) if due == number]
 
     def sums_of(self, number: int) -> ProblemSums:
         """Hand over the sums of group ``number``, from a pass with the groups before it pruned.
@@ -175,7 +179,7 @@ class LayerPasses:
         correction, one pass of the layer as it was serves all units, unless they are fitted (goa).
         """
         (operator,) = self.groups[number]
-        experts = [other for other in sorted(self._cut) if self.groups[other][0].experts]
+        experts = [other for other in sorted(self.cut) if self.groups[other][0].experts]
         if not self._corrects:
             self._route(experts)
         if operator.experts:
@@ -183,9 +187,9 @@ class LayerPasses:
             self._read_routed(number)
         elif number not in self._sums:
             alone = self._corrects or self._fits_left
-            together = [number] if alone else sorted(self._cut.keys() - self._sums.keys() - set(experts))
+            together = [number] if alone else sorted(self.cut.keys() - self._sums.keys() - set(experts))
             # Cached outputs would keep inputs of the operator that is next, with the channels that go.
-            around = self._around(cached=self._cut[number] != number, residual=self._first_writer_is_final(number))
+            around = self._around(cached=self.cut[number] != number, residual=self._first_writer_is_final(number))
             self._gather(together, around, channels=True)
         if number not in self.solved:
             self._drift.close(number)
@@ -193,7 +197,7 @@ class LayerPasses:
         assert isinstance(sums, ChannelSums)
         with self.clock.phase("problem"):
             name = self.context.layout.full_name(self.index, operator)
-            return sums.statistics(name, self.context.recipe.dense_share)
+            return sums.statistics(name, self.recipe.dense_share)
 
     def fitting_problem(self, number: int) -> LayerProblem:
         """Gather the problem of group ``number`` before it loses outputs, on the layer as it is."""
@@ -205,7 +209,7 @@ class LayerPasses:
         assert isinstance(sums, ProblemSums)
         with self.clock.phase("problem"):
             name = "+".join(self.context.names(self.index, self.groups[number]))
-            return sums.problem(name, self.context.recipe.dense_share, release=True)
+            return sums.problem(name, self.recipe.dense_share, release=True)
 
     def routed_to(self, mixture: str) -> RoutedTokens:
         """Return what enters a module of experts, from a pass with the groups before it pruned.
@@ -219,11 +223,6 @@ class LayerPasses:
         """Note that a mixture has lost experts, so that its tokens go elsewhere."""
         self._routed.pop(mixture).close()
 
-    def pruned(self, number: int) -> None:
-        """Note that the operators of group ``number`` have their final weights in the layer."""
-        if self._cached is not None:
-            self._cached.pruned(number)
-
     def output_pass(self) -> float | None:
         """Write the pruned layer's output for the next layer, and release what was kept.
 
@@ -235,14 +234,14 @@ class LayerPasses:
         self._close_wanted()
         self._drift.close_residual()
         if streams.pruned_out is not None:
-            last = [] if self.context.recipe.reconstruct or self._cached is None else [self._cached.around_pass]
+            last = [] if self.recipe.reconstruct or self.cached is None else [self.cached.around_pass]
             self._run(streams.seen, output=streams.pruned_out, around=last)
-        if self._cached is not None:
-            self._cached.close()
+        if self.cached is not None:
+            self.cached.close()
         if not self.groups or self._first_out is None or streams.dense is None:
             return None
         # A pass of that batch with nothing watched, timed as ``plain``: the report compares it with ``capture``.
-        model, dense_out = self.context.model, self._first_out
+        model, dense_out = self.model, self._first_out
         count = dense_out.shape[0]
         seen = streams.seen.read(0, count, model.device)
         with self.clock.phase("plain"), torch.no_grad():
@@ -253,17 +252,17 @@ class LayerPasses:
         return float(wrong) / max(float(added), 1e-300)
 
     def _run(self, inputs: HiddenStates, **what: Any) -> None:
-        run_layer(self.context.model, self.index, inputs, self.context.calls, clock=self.clock, **what)
+        run_layer(self.model, self.index, inputs, self.context.calls, clock=self.clock, **what)
 
     def _around(self, *, cached: bool = True, residual: bool = True) -> list[Around]:
         """Return what goes around a pass of the layer with some groups pruned."""
-        parts = (self._cached if cached else None, self._drift if residual else None)
+        parts = (self.cached if cached else None, self._drift if residual else None)
         return [part.around_pass for part in parts if part is not None]
 
     def _store(self, name: str) -> HiddenStates:
         """Make a store for output hidden states of all windows."""
         seen = self.streams.seen
-        return self.context.scratch(f"{name}-{self.index}", (seen.samples, seen.seqlen, self.context.model.width))
+        return self.context.scratch(f"{name}-{self.index}", (seen.samples, seen.seqlen, self.model.width))
 
     def _close_wanted(self) -> None:
         if self.wanted is not None and self.wanted is not self.streams.dense_out:
@@ -299,11 +298,11 @@ class LayerPasses:
     def _first_writer_is_final(self, number: int) -> bool:
         """Return whether the first writer to the residual stream is final when group ``number`` loses inputs."""
         first = self.context.layout.residual_writers[self.index][:1]
-        return not any(self.groups[other][0].name in first for other in self.solved if other >= self._cut[number])
+        return not any(self.groups[other][0].name in first for other in self.solved if other >= self.cut[number])
 
     def _gather_expert(self, numbers: list[int], *, channels: bool) -> None:
         """Gather the sums of groups of one expert, or of the ``channels`` that they read, from its own tokens."""
-        first, device = self.groups[numbers[0]][0], self.context.model.device
+        first, device = self.groups[numbers[0]][0], self.model.device
         self._keep_routed([first.experts])
         routed, expert = self._routed[first.experts], self.layer.get_submodule(f"{first.experts}.{first.expert}")
         start = 0  # first window of the batch at work

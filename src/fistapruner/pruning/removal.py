@@ -23,27 +23,27 @@ from ..structure.choose import best_channels
 from ..structure.experts import fewer_experts, kept_experts, reap_scores
 from ..structure.refit import ChannelStatistics, Removal, removal_error, remove_channels
 from ..structure.units import EXPERTS, Unit
-from .context import LayerContext, LayerMeasures, LayerResult
+from .context import LayerContext
 from .passes import LayerPasses
 
 
-def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures, result: LayerResult) -> float:
+def remove_channels_of(passes: LayerPasses, number: int) -> float:
     """Remove inputs of group ``number`` and the outputs it reads; return its relative error.
 
-    ``result`` receives the report's entry of the operator, too, if that gets no zeros afterwards.
+    The result receives the report's entry of the operator, too, if that gets no zeros afterwards.
     """
-    context, settings = passes.context, passes.context.recipe.structure
+    context, settings, measures, result = passes.context, passes.recipe.structure, passes.measures, passes.result
     unit = next(unit for unit in context.units(passes.index) if unit.name == passes.groups[number][0].name)
     name = context.layout.full_name(passes.index, unit.name)
     importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
-    known, chosen = _choose(passes, number, unit, measures.scores.get(name), result)
+    known, chosen = _choose(passes, number, unit, measures.scores.get(name))
     with passes.clock.phase("structure"):
-        biased = unit.biased(passes.layer)
+        biased = passes.layer.get_submodule(unit.name).bias is not None
         removal = remove_channels(
             known, unit.after, settings, unit.columns, importance=importance, chosen=chosen, biased=biased
         )
         keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
-        bias = _cut(passes, unit, removal, keep, weight, result)
+        bias = _cut(passes, unit, removal, keep, weight)
         error = removal_error(known, places, weight, bias)
     unchanged = settings.compensation == "bias" and bias is None
     result.entry.removals.append(
@@ -83,14 +83,13 @@ def remove_channels_of(passes: LayerPasses, number: int, measures: LayerMeasures
 
 
 def _choose(
-    passes: LayerPasses, number: int, unit: Unit, scores: Tensor | None, result: LayerResult
+    passes: LayerPasses, number: int, unit: Unit, scores: Tensor | None
 ) -> tuple[ChannelStatistics, Tensor | None]:
     """Return what is known of channels, and those that stay where learned ``scores`` or goa choose them."""
-    context = passes.context
-    if context.recipe.structure.method != "goa":
+    if passes.recipe.structure.method != "goa":
         return passes.channels_of(number), None if scores is None else best_channels(scores, unit.after)
     known, chosen, warnings = fit_and_choose(
-        context.model,
+        passes.model,
         passes.index,
         unit,
         passes.groups,
@@ -98,7 +97,7 @@ def _choose(
         partial(passes.channels_of, number),
         passes.streams.seen,
     )
-    result.entry.warnings += warnings
+    passes.result.entry.warnings += warnings
     return known, chosen
 
 
@@ -119,9 +118,7 @@ def _ordered(
     return removal.keep, removal.places, removal.weight, None
 
 
-def _cut(
-    passes: LayerPasses, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor, result: LayerResult
-) -> Tensor | None:
+def _cut(passes: LayerPasses, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor) -> Tensor | None:
     """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
     Tensors of which only places are kept are taken from the checkpoint: it may have more bits than the passes.
@@ -133,7 +130,7 @@ def _cut(
     Returns:
         (m,) what was added to the consumer's bias, after rounding; None where nothing was.
     """
-    model, layer, settings = passes.context.model, passes.layer, passes.context.recipe.structure
+    model, layer, settings, result = passes.model, passes.layer, passes.recipe.structure, passes.result
     tensors = unit.tensors(keep)
     unit.cut_out(layer, keep)
     target = unit.consumer.weight(layer)
@@ -157,17 +154,17 @@ def _cut(
             dim, stay = tensors[name]
             whole = result.weights[source] if source in result.weights else model.checkpoint.read(source)
             result.weights[source] = whole.index_select(dim, stay)  # an expert's may be another one's, renumbered
-    result.rows |= unit.kept_rows(keep)
+    result.rows |= {name: cut.places(keep, unit.before) for name, cut in unit.producers.items()}
     result.entry.warnings += removal.warnings
     return added
 
 
-def remove_experts(passes: LayerPasses, unit: Unit, result: LayerResult, loaded: ExitStack) -> None:
+def remove_experts(passes: LayerPasses, unit: Unit, loaded: ExitStack) -> None:
     """Remove experts of a loaded decoder layer, until ``loaded`` is left.
 
-    ``result`` receives the tensors that are others now, with all bits that the checkpoint has.
+    The result receives the tensors that are others now, with all bits that the checkpoint has.
     """
-    model, layer = passes.context.model, passes.layer
+    model, layer, result = passes.model, passes.layer, passes.result
     checkpoint, stored = model.checkpoint, partial(model.source_of, passes.index)
     routed = passes.routed_to(unit.name)
     experts = layer.get_submodule(unit.name)

@@ -18,12 +18,11 @@ from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
-from ..runs.log import Listener, Logged, Times, hold, log_file, spent
+from ..runs.log import Listener, Logged, Times, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
-    interrupted_with,
     refuse_another,
     refuse_other_model,
     refuse_other_settings,
@@ -35,7 +34,6 @@ from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
 from ..runtime.show import counted, shell_line
-from ..settings.parse import merge_settings
 from ..settings.prune import Recipe
 from ..training.run import resume_training
 from .context import RunContext
@@ -96,15 +94,10 @@ def prune(
     run = PruneDirectory(out)
     run.check_place()
     refuse_overlap(model, out)
-    recipe = Recipe.build(merge_settings(Recipe.of(recipe).model_dump(mode="json", exclude_unset=True), settings))
+    recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
-    with (
-        interrupted_with(lambda: _how_to_continue(run)),
-        run.created(),
-        hold(out),
-        log_file(run.log_file),
-    ):
+    with run.entered(lambda: _how_to_continue(run)):
         listener = Logged(told)
         settled = run.record()
         if settled is None:
@@ -129,11 +122,7 @@ def prune(
 
 
 def resume(
-    out: str | Path,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    listener: Listener | None = None,
+    out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None
 ) -> Report:
     """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
 

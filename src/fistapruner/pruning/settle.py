@@ -59,7 +59,6 @@ from ..settings.base import Execution
 from ..settings.parse import matches
 from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe
-from ..solvers.low_rank import check_rank
 from ..structure.smaller import Widths, removed_weights, resized, unread_tensors
 from ..structure.trial import plan_widths
 from ..structure.units import EXPERT, layer_weights
@@ -72,9 +71,6 @@ from .workers import default_threads
 if TYPE_CHECKING:
     from ..training.recovery import Recovery
     from ..training.recovery import Request as TrainingRequest
-
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     model = open_model(source, recipe, dtype=dtype)
     layout = discover(model).select(recipe)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
-    sparsity = choose_patterns(recipe, smaller, model.config.model_type)
+    sparsity = choose_patterns(recipe, smaller)
     scratch = scratch_factory(None, model.dtype)
     context = LayerContext(model, smaller, recipe, sparsity, widths, scratch=scratch)
     if widths is None:
@@ -145,16 +141,10 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     return Inputs(source, layout, context, warnings, (_removed(model, widths), *warnings))
 
 
-def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
-    """Decide the pattern of every operator, as the recipe says it.
-
-    Args:
-        recipe: settings.
-        layout: the operators.
-        model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
-    """
+def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
+    """Decide the pattern of every operator, as the recipe says it."""
     operators = layout.operators()
-    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    chosen: dict[str, Constraint] = {name: recipe.sparsity for name, _ in operators}
     for pattern, sparsity in recipe.allocation.items() if isinstance(recipe.allocation, Mapping) else ():
         names = [name for name in chosen if matches(name, pattern)]
         if not names:
@@ -167,13 +157,13 @@ def choose_patterns(recipe: Recipe, layout: Layout, model_type: str = "") -> dic
         chosen[name].check(operator.columns, name)
         if not recipe.low_rank or not chosen[name].zeros(operator.rows, operator.columns):
             continue
-        if operator.experts or (model_type in MAMBA and name.endswith(".out_proj")):
-            ignored = "experts" if operator.experts else "out_proj"
-            raise FistaPrunerError(
-                f"low_rank {recipe.low_rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore "
-                f"[re:{ignored}], or prune without low_rank"
-            )
-        check_rank(recipe.low_rank, operator.rows, operator.columns, name)
+        rows, columns, rank, fault = operator.rows, operator.columns, recipe.low_rank, None
+        if operator.experts:
+            fault = f"PEFT has no LoRA for {name}: leave such operators dense with ignore [re:experts]"
+        elif rank > (most := min(rows, columns)):
+            fault = f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {most}, not {rank}"
+        if fault is not None:
+            raise FistaPrunerError(f"low_rank {rank}: {fault}")
     return chosen
 
 
@@ -312,7 +302,7 @@ def settle(
         states = run.hidden / "sensitivity" if on_disk else None
         with scratch_folder(states):
             store = scratch_factory(states, model.dtype)
-            measured = _measure(run, recipe, inputs, tokens, numerics.batch_size, store, identity, listener)
+            measured = _measure(run, inputs, tokens, numerics.batch_size, store, identity, listener)
         if measured is not None:
             seconds["sensitivity"] = time.perf_counter() - begin
     sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
@@ -365,18 +355,12 @@ def _draw_windows(recipe: Recipe, inputs: Inputs, seqlen: int, listener: Listene
 
 
 def _measure(
-    run: PruneDirectory,
-    recipe: Recipe,
-    inputs: Inputs,
-    tokens: Tensor,
-    batch_size: int,
-    store: Store,
-    identity: str,
-    listener: Listener,
+    run: PruneDirectory, inputs: Inputs, tokens: Tensor, batch: int, store: Store, identity: str, listener: Listener
 ) -> Decision | None:
     """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
     run.metrics_file.unlink(missing_ok=True)
-    model, widths, scores, found = inputs.model, inputs.context.widths, dict[str, Tensor](), Decision()
+    model, recipe, widths = inputs.model, inputs.context.recipe, inputs.context.widths
+    scores, found = dict[str, Tensor](), Decision()
     try:
         if recipe.structure.method == "bypass" and widths is not None:
             steps, seed = recipe.structure.steps, recipe.seed
@@ -385,7 +369,7 @@ def _measure(
             scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
         if needs_measuring(recipe):
             listener.say("measuring sensitivity on the dense model")
-            passes = DensePasses(store, min(4, batch_size), listener.tick)
+            passes = DensePasses(store, min(4, batch), listener.tick)
             sparsity, smaller = inputs.context.sparsity, inputs.context.layout
             found = decide(recipe, inputs.layout, model, tokens, sparsity, passes, smaller)
         elif not scores:

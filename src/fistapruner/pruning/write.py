@@ -303,13 +303,9 @@ def finish(
 def write_low_rank(
     run: RunDirectory, factors: LazyTensors, rank: int, layout: Layout, totals: Totals
 ) -> dict[str, Any]:
-    """Write the low-rank part of a run and count it; return what the checkpoint's record says of it.
+    """Write the low-rank part of a run, its ``factors`` by name in the model, and count it in ``totals``.
 
-    Args:
-        run: the run directory.
-        factors: by name in the model; ``rank``: of every part.
-        layout: operators of the run.
-        totals: receives rank, weights and bytes.
+    Returns what the checkpoint's record says of it.
     """
     found = write_adapter(run.adapter, factors, rank, transposed=layout.transposed)
     totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]
@@ -350,5 +346,5 @@ def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> N
     for stack in checkpoint.stacks.values():
         written.take_apart(stack)
     for name in names:
-        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
-            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
+        same = torch.equal(checkpoint.read(name) == 0, written.read(name) == 0)
+        assert same, f"{folder}: {name} does not have the zeros of the input"

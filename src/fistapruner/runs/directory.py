@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, cast
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ..errors import FistaPrunerError, unreadable
+from ..errors import FistaPrunerError
 from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
 from ..models.low_rank import LowRankAdapter, remove_adapter
 from ..models.record import FOLDER, LOW_RANK
@@ -51,7 +51,6 @@ from ..runtime.files import (
     read_json,
     read_sealed_json,
     remove_folder,
-    require_utf8,
     sampled_sha256,
     sha256_file,
     write_json_atomic,
@@ -61,9 +60,9 @@ from ..runtime.files import (
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.training import Pairs, TrainingText
-from .log import TIMES
+from .log import TIMES, hold, log_file
 from .records import Report, is_run, load_run, parse
-from .settled import PruneRecord, RunRecord, TrainingRecord
+from .settled import PruneRecord, RunRecord, TrainingRecord, interrupted_with
 from .store import LayerJournal, Snapshots
 
 CARD = "README.md"
@@ -88,8 +87,7 @@ R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8."""
-    require_utf8(out)
+    """Refuse an output folder that is a file."""
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
@@ -137,14 +135,18 @@ class RunDirectory(Generic[R_co]):
             raise FistaPrunerError(f"--out {self.folder} {said}")
 
     @contextmanager
-    def created(self) -> Iterator[None]:
-        """Make the folder; it, log and times go again where the block is refused and has made nothing else."""
+    def entered(self, interrupted: Callable[[], str]) -> Iterator[None]:
+        """Make, hold and log to the folder; an interruption carries what ``interrupted`` says then.
+
+        Folder, log and times go again where the block is refused and has made nothing else.
+        """
         existed = self.folder.is_dir()
         before = set(self.folder.iterdir()) if existed else set()
         try:
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            yield
+            with interrupted_with(interrupted), hold(self.folder), log_file(self.log_file):
+                yield
         except FistaPrunerError:
             with suppress(OSError):
                 made = set(self.folder.iterdir()) - before
@@ -163,9 +165,8 @@ class RunDirectory(Generic[R_co]):
             return None
         content, fault = {}, ""
         try:
-            content = read_sealed_json(self.run_file)
-        except OSError as error:
-            raise unreadable(self.run_file, error) from None
+            with disk_errors(self.run_file, "read"):
+                content = read_sealed_json(self.run_file)
         except ValueError as error:
             fault = f"{self.run_file} is damaged ({error})"
         if not fault and content.pop("format", 0) != FORMAT:

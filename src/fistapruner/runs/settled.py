@@ -172,7 +172,7 @@ def changed_files(before: Iterable[tuple[str, str]], source: ModelSource) -> str
 
 def text_sha256(recipe: Recipe) -> str | None:
     """Hash the calibration files, several as one; None where there is none, or one is gone."""
-    files = recipe.calibration.files
+    files = [path for text in recipe.calibration.sources.values() if (path := Path(text)).suffix]
     if not files or not all(file.is_file() for file in files):
         return None
     hashes = [sha256_file(file) for file in files]

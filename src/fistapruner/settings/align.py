@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, SEVERAL, Seed, Settings
+from .base import SEVERAL, Seed, Settings
 from .train import TrainingRecipe
 
 PREFERENCE_LOSSES = ("dpo", *SEVERAL)
@@ -21,7 +21,7 @@ def _words(value: Any) -> Any:
 class PairData(Settings):
     """Set the pairs that a run trains on."""
 
-    pairs: Annotated[str | None, PATHS_TOO] = Field(
+    pairs: str | None = Field(
         None,
         description="Preference pairs: a .jsonl file as TRL reads it; with chosen, rejected and perhaps prompt, each a "
         "text or a list of messages.",

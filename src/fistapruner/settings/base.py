@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import FistaPrunerError, at_home, explain, refuse_yes_no
-from .parse import load_recipe_settings, merge_settings, parse_bytes, parse_yaml
+from .parse import Size, load_recipe_settings, merge_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
@@ -54,17 +46,6 @@ No values are all but the default. A recipe that lacks a setting has no use for 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-def _as_text(value: Any) -> Any:
-    """Write paths, and those of a mapping, as text."""
-    if isinstance(value, Mapping):
-        return {key: _as_text(inner) for key, inner in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-PATHS_TOO = BeforeValidator(_as_text)
-"""Lets a setting that names a file, or several, be a ``Path``."""
-
-
 class Settings(BaseModel):
     """Base of all sections: frozen; refuses unknown keys, infinite numbers, and yes or no for a number."""
 
@@ -77,7 +58,7 @@ class Settings(BaseModel):
 class Texts(Settings):
     """Base of the section with the texts of a run, one or several by name; ``seed`` is the recipe's."""
 
-    source: Annotated[str | dict[str, str] | None, PATHS_TOO] = None
+    source: str | dict[str, str] | None = None
     seed: Seed = 0
 
     @property
@@ -102,12 +83,10 @@ class RunRecipe(Settings):
     Attributes:
         verb: whose settings they are.
         text: the section with the texts, whose seed is the recipe's.
-        no_identity: settings that do not determine the resulting weights.
     """
 
     verb: ClassVar[str] = "prune"
     text: ClassVar[str] = ""
-    no_identity: ClassVar[tuple[str, ...]] = ("execution",)
 
     # Defaults are written as users write them; validation turns them into constraints and methods.
     model_config = ConfigDict(validate_default=True)
@@ -158,7 +137,7 @@ class RunRecipe(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the resulting weights."""
-        return self.model_dump(mode="json", exclude=set(self.no_identity))
+        return self.model_dump(mode="json", exclude={"execution"})
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the resulting weights."""
@@ -204,10 +183,6 @@ MAX_WORKERS = 4096
 """Most workers, and most threads of each: more than any machine has cores."""
 
 
-def _bytes(value: Any) -> Any:
-    return None if value is None else parse_bytes(str(value))
-
-
 class Execution(Settings):
     """Set how the work is carried out. Never part of a run's identity."""
 
@@ -219,7 +194,7 @@ class Execution(Settings):
         description="Windows of text in one pass, two of them for a pair of an alignment; without it chosen by device "
         "and memory.",
     )
-    memory_limit: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+    memory_limit: Size = Field(
         None,
         description="Main memory that the run may use, in bytes or as 8GiB; without it 90 % of what the machine has "
         "free. A GPU's memory is limited by what it has free.",

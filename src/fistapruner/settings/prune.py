@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from ..errors import FistaPrunerError
-from .base import PATHS_TOO, Execution, RunRecipe, Seed, Texts
+from .base import Execution, RunRecipe, Seed, Texts
 from .parse import Patterns, check_patterns, parse_value
 from .structure import Structure
 
@@ -104,18 +104,13 @@ DenseTarget = Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)
 class Calibration(Texts):
     """Set where the calibration tokens come from."""
 
-    source: Annotated[str | dict[str, str], PATHS_TOO] = Field(
+    source: str | dict[str, str] = Field(
         "self",
         description="Text: self, python, c4, wikitext2, ptb or a file; self is text that the model generates, python "
         "the language reference of Python, the next three need the extra 'data', and a file is .txt, .raw, .md, .jsonl "
         "or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, give the same number of windows each.",
     )
-    samples: int = Field(
-        128,
-        ge=1,
-        lt=2**31,
-        description="Number of calibration windows. 128 is the papers' choice.",
-    )
+    samples: int = Field(128, ge=1, lt=2**31, description="Number of calibration windows. 128 is the papers' choice.")
     seqlen: int | None = Field(
         None,
         ge=8,
@@ -134,11 +129,6 @@ class Calibration(Texts):
     def name(self) -> str:
         """The source, or the names of several."""
         return ", ".join(self.sources)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files among the sources; known names have no suffix."""
-        return tuple(Path(source) for source in self.sources.values() if Path(source).suffix)
 
 
 class Recipe(RunRecipe):
@@ -244,25 +234,15 @@ class Recipe(RunRecipe):
         return found
 
     @property
-    def pattern(self) -> Constraint:
-        """The sparsity, parsed."""
-        return self.sparsity  # type: ignore[no-any-return]
-
-    @property
     def patterns(self) -> tuple[Constraint, ...]:
         """The sparsity, and those of an allocation that is a mapping."""
-        return (self.pattern, *(self.allocation.values() if isinstance(self.allocation, dict) else ()))
+        return (self.sparsity, *(self.allocation.values() if isinstance(self.allocation, dict) else ()))
 
     @property
     def workload(self) -> Path | None:
         """The workload file that the allocation names; None where it names none."""
         said = self.allocation
         return Path(said.removeprefix(WORKLOAD)) if isinstance(said, str) and said.startswith(WORKLOAD) else None
-
-    @property
-    def steps(self) -> tuple[Method, ...]:
-        """The method chain, parsed."""
-        return self.method  # type: ignore[no-any-return]
 
     @property
     def dense_share(self) -> float:
@@ -275,11 +255,6 @@ class Recipe(RunRecipe):
         """Whether ``residual: correct`` has an effect; for a ``resolved`` recipe."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
-    @property
-    def method_name(self) -> str:
-        """Name of the chain as on the command line: ``wanda+refit``."""
-        return "+".join(step.name for step in self.steps)
-
     def resolved(self, *, earlier: Mapping[str, Any] | None = None, family: Callable[[], str] | None = None) -> Recipe:
         """Return this recipe with ``auto`` of passes, targets and the choice of channels resolved.
 
@@ -289,7 +264,7 @@ class Recipe(RunRecipe):
             earlier: the resolved recipe of the run that is continued; its choices stay.
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
         """
-        solver = [step for step in self.steps if not step.refines][-1].name
+        solver = [step for step in self.method if not step.refines][-1].name
         propagate, dense_target = PAPERS.get(solver, ("pruned", 0.0))
         before = earlier or {}
         chosen = {key: before.get(key, asked) if (asked := getattr(self, key)) == "auto" else asked for key in RESOLVED}
@@ -306,7 +281,7 @@ class Recipe(RunRecipe):
             idle = not chosen["dense_target"] or not self.error_correction
             chosen["residual"] = "none" if idle or solver != OWN or goa else "correct"
         if family is not None:
-            chosen["method"] = tuple(self._by_family(step, before, family) for step in self.steps)
+            chosen["method"] = tuple(self._by_family(step, before, family) for step in self.method)
         chosen["calibration"] = self.calibration.with_absolute_files()
         chosen["structure"] = self.structure.resolved
         if self.workload is not None:

@@ -37,14 +37,6 @@ def _amount(value: Any) -> float | int | None:
     return int(text)
 
 
-def _share(value: Any) -> float | None:
-    """Read a share."""
-    share = _amount(value)
-    if isinstance(share, int):
-        raise ValueError("a share such as 25% is expected")
-    return share
-
-
 Amount = Annotated[float | int | None, BeforeValidator(_amount)]
 
 
@@ -58,7 +50,7 @@ class Remove(Settings):
         experts: share (float) or number (int) of the experts of every mixture.
     """
 
-    share: Annotated[float | None, BeforeValidator(_share)] = None
+    share: Annotated[float | None, BeforeValidator(_amount), Field(lt=1)] = None
     mlp: Amount = None
     heads: Annotated[int | None, Field(ge=1)] = None
     experts: Amount = None
@@ -110,14 +102,10 @@ class Structure(Settings):
         "auto is bias for flap and none for goa and bypass, as published, and refit for the others.",
     )
     multiple: int = Field(
-        64,
-        ge=1,
-        description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
+        64, ge=1, description="Widths are rounded to a multiple of this; a width that is given is taken as it is."
     )
     steps: int = Field(
-        1000,
-        ge=1,
-        description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000.",
+        1000, ge=1, description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000."
     )
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import PATHS_TOO, RunRecipe, Seed, Texts, TrainExecution
+from .base import RunRecipe, Seed, Texts, TrainExecution
 from .parse import Patterns, parse_count
 
 
@@ -95,11 +95,6 @@ class TrainingRecipe(RunRecipe):
         """Return the recipe with the paths of files made absolute."""
 
     @property
-    def also(self) -> tuple[str, ...]:
-        """Vectors that are trained beside the operators: SPP's program trains none."""
-        return () if self.as_published else ("norms", "biases")
-
-    @property
     def zeroth_order(self) -> bool:
         """Whether the optimizer needs forward passes only."""
         return self.optimizer != "adamw"
@@ -108,7 +103,7 @@ class TrainingRecipe(RunRecipe):
 class TrainingData(Texts):
     """Set the text that a run trains on."""
 
-    source: Annotated[str | dict[str, str] | None, PATHS_TOO] = Field(
+    source: str | dict[str, str] | None = Field(
         None,
         description="Text: self, python, c4, wikitext2, ptb or a file; a .jsonl file has lines with text, "
         "prompt and completion, messages, or instruction, input and output (Alpaca). Several by name, "
@@ -116,9 +111,7 @@ class TrainingData(Texts):
         "of tokens from each. Without it the calibration text of the run that pruned the model.",
     )
     seqlen: int | None = Field(
-        None,
-        ge=8,
-        description="Tokens in a window; without it 1024, or the model's maximum length if that is shorter.",
+        None, ge=8, description="Tokens in a window; without it 1024, or the model's maximum length if that is shorter."
     )
     tokens: Count = Field(
         256_000,
@@ -135,11 +128,6 @@ class TrainingData(Texts):
     )
     per_round: int | None = Field(None, ge=1, description="Texts in a round of the mixture; without it all.")
     seed: Seed = Field(0, exclude=True)
-
-    @property
-    def texts(self) -> list[str]:
-        """Texts to train on; none where it is not said."""
-        return list(self.sources.values())
 
 
 class RecoverRecipe(TrainingRecipe):
@@ -193,4 +181,4 @@ class RecoverRecipe(TrainingRecipe):
     @property
     def generates_text(self) -> bool:
         """Whether the dense model generates text to train on."""
-        return "self" in self.data.texts
+        return "self" in self.data.sources.values()

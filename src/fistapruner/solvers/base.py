@@ -42,19 +42,13 @@ class Solution:
 
 
 def setting(
-    default: Any,
-    description: str,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    choices: Sequence[str] = (),
+    default: Any, description: str, *, least: float = -math.inf, above: float = -math.inf, choices: Sequence[str] = ()
 ) -> Any:
     """Make a field of a method that recipes set: with its bounds, which are checked, and its description.
 
     Other fields are arguments of the class alone; their defaults are those of the paper, or measured once.
     """
-    bounds = {"least": least, "above": above, "below": below, "choices": tuple(choices)}
+    bounds = {"least": least, "above": above, "choices": choices}
     return field(default=default, metadata={"description": description, **bounds})
 
 
@@ -102,23 +96,12 @@ def _wrong(value: Any, default: Any, metadata: Any) -> str | None:
     """Say what is expected of a setting, or None if its value is right."""
     if choices := metadata.get("choices"):
         return None if value in choices else " or ".join(choices)
-    least, above, below = (metadata[key] for key in ("least", "above", "below"))
+    least, above = metadata["least"], metadata["above"]
     kind = "a whole number" if isinstance(default, int) else "a number"
     if isinstance(value, bool) or not isinstance(value, type(default)) or not math.isfinite(value):
         return kind
     bounds = [f"at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
-    bounds += [f"below {below:g}"] * (below < math.inf)
-    return None if least <= value < below and value > above else f"{kind} {' and '.join(bounds)}"
-
-
-def keep_better(problem: LayerProblem, solution: Solution, start: Solution | None) -> Solution:
-    """Take ``solution``, or ``start`` where that has the lower error."""
-    if start is None:
-        return solution
-    kept = problem.error(solution.weight) >= problem.error(start.weight)
-    stats = tuple({**record, "start_kept": kept} for record in solution.stats)
-    best = start if kept else solution
-    return replace(solution, weight=best.weight, mask=best.mask, stats=stats)
+    return None if value >= least and value > above else f"{kind} {' and '.join(bounds)}"
 
 
 def keep_better_rows(problem: LayerProblem, weight: Tensor, mask: Tensor, start: Solution) -> tuple[Tensor, Tensor]:
@@ -147,22 +130,15 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     """
     if isinstance(value, str):
         value = value.split("+")
-    if isinstance(value, (Method, dict)):
-        value = [value]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise FistaPrunerError(f"method {value!r} is not a name, names joined by '+', or a list of names and settings")
-    steps = tuple(map(_parse_step, value))
-    if steps[0].refines:
-        first = steps[0].name
-        raise FistaPrunerError(
-            f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
-        )
+    steps = tuple(map(_parse_step, value if isinstance(value, (list, tuple)) and value else [value]))
     for number, step in enumerate(steps):
-        if number and not step.takes_start:
-            before = "+".join(earlier.name for earlier in steps[:number])
-            raise FistaPrunerError(
-                f"method {step.name!r} does not start from another solution: leave out {before!r} before it"
-            )
+        before, fault = "+".join(earlier.name for earlier in steps[:number]), None
+        if step.refines and not before:
+            fault = f"refines another solution: put a solver before it, such as wanda+{step.name}"
+        elif before and not step.takes_start:
+            fault = f"does not start from another solution: leave out {before!r} before it"
+        if fault is not None:
+            raise FistaPrunerError(f"method {step.name!r} {fault}")
     return steps
 
 
@@ -173,9 +149,7 @@ def _parse_step(step: object) -> Method:
     if isinstance(step, dict) and len(step) == 1:
         ((step, settings),) = step.items()
     if not isinstance(step, str) or not isinstance(settings or {}, dict):
-        raise FistaPrunerError(
-            f"method step {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}"
-        )
+        raise FistaPrunerError(f"method {step!r} is not a name, or one with settings: {{fista: {{warm_start: wanda}}}}")
     name = step.strip()
     from . import METHODS
     from .own import own_method

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem
 from ..core.linalg import Product, largest_eigenvalue
-from ..errors import FistaPrunerError
 from .base import Method, Solution, Stats, setting
 from .scores import Magnitude, Wanda
 from .sparsegpt import SparseGPT
@@ -20,29 +19,14 @@ CHECKED = 5
 """Steps after which FISTA looks whether it has come to a rest, which takes as long as a fifth of a step."""
 
 
-@dataclass(frozen=True)
-class Penalty:
-    """Where the bisection of lambda starts, and when it ends.
+FIRST = 1e-5
+"""First lambda."""
 
-    Args:
-        start: first lambda.
-        low, high: the interval.
-        width: it ends when the interval is as narrow; a share of its low end where ``log``.
-        log: bisect the logarithm.
-    """
+BISECTED = {"published": (0.0, 1e6, 1e-6), "relative": (1e-7, 1.0, 0.01)}
+"""Interval of lambda, and the width at which its bisection ends; of ``relative`` the width is a share of its low end.
 
-    start: float
-    low: float
-    high: float
-    width: float
-    log: bool
-
-
-PENALTIES = {
-    "published": Penalty(1e-5, 0.0, 1e6, 1e-6, log=False),
-    "relative": Penalty(1e-5, 1e-7, 1.0, 0.01, log=True),
-}
-"""The paper's numbers, for sums over tokens; and ours, in units of ``max |B|``, above which the solution is zero."""
+The paper's numbers are for sums over tokens; ours are in units of ``max |B|``, above which the solution is zero.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ class Fista(Method):
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
         begun = "the step before" if start is not None else self.warm_start
         start = start or self._warm_start(problem, constraint)
-        published, bounds = self.penalty == "published", PENALTIES[self.penalty]
+        published = self.penalty == "published"
         lipschitz = float(problem.cached("largest eigenvalue", lambda: largest_eigenvalue(problem.gram)))
         step = Product(problem.gram / -lipschitz, fast=not published)
         unit = 1.0 / (problem.tokens or 1) if published else _largest_penalty(problem)
@@ -103,7 +87,7 @@ class Fista(Method):
         first = weight, gradient
         if begun == "dense":
             first = problem.weight, problem.gradient(problem.weight)
-        value, low, high, idle = bounds.start, bounds.low, bounds.high, 0
+        value, (low, high, width), idle = FIRST, BISECTED[self.penalty], 0
         rounds: list[Stats] = []
         while idle < self.patience:
             penalty = value * unit
@@ -123,22 +107,17 @@ class Fista(Method):
                 low = value
             else:
                 high = value
-            if high - low <= bounds.width * (low if bounds.log else 1.0):
+            if high - low <= (width if published else width * low):
                 break
-            value = math.sqrt(low * high) if bounds.log else (low + high) / 2
+            value = (low + high) / 2 if published else math.sqrt(low * high)
         record: Stats = {"warm_start": begun, "lipschitz": lipschitz, "e_total": best, "rounds": rounds}
         record["iterations"] = sum(each["steps"] for each in rounds)
         return Solution(weight, mask, (record,), start.warnings)
 
     def _warm_start(self, problem: LayerProblem, constraint: Constraint) -> Solution:
-        if self.warm_start == "auto":
-            raise FistaPrunerError(
-                f"{problem.name}: fista's warm_start auto depends on the model's family, which a layer problem does "
-                "not contain: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
-            )
         if self.warm_start == "sparsegpt":
             return SparseGPT().solve(problem.without_drift() if self.penalty == "published" else problem, constraint)
-        return (Wanda() if self.warm_start == "wanda" else Magnitude()).solve(problem, constraint)
+        return (Wanda() if self.warm_start in ("wanda", "auto") else Magnitude()).solve(problem, constraint)
 
 
 def _largest_penalty(problem: LayerProblem) -> float:
@@ -150,13 +129,7 @@ def _largest_penalty(problem: LayerProblem) -> float:
 
 
 def fista(
-    start: Tensor,
-    gradient: Tensor,
-    step: Product,
-    penalty: float,
-    lipschitz: float,
-    iterations: int,
-    tolerance: float = 0.0,
+    start: Tensor, gradient: Tensor, step: Product, penalty: float, lipschitz: float, iterations: int, tolerance: float
 ) -> tuple[Tensor, int]:
     """Run FISTA (Beck & Teboulle 2009) on ``f(V)/2 + penalty ||V||_1``.
 

@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 
 from ..core import Constraint, LayerProblem
-from ..core.linalg import Product, damped_cholesky, dead_inputs
-from ..errors import FistaPrunerError
+from ..core.linalg import damped_cholesky, dead_inputs
 from .base import Method, Solution, solve
-from .proximal import Metric, Proximal
-from .splitting import Resolvent, geometric, natural_order, split
+from .proximal import Metric, Proximal, Thresholds
+from .splitting import LeastSquares, Resolvent, geometric, natural_order, split
 
 RHO, LEVELS, STEPS = (0.05, 0.5), 11, 6
 """First and last penalty of the splitting, in units of the scaled Gram's diagonal; values of it; steps at each."""
@@ -91,7 +90,6 @@ def solve_low_rank(
     sparse = solve(problem, constraint, list(steps))
     if not rank or not constraint.zeros(*problem.shape):
         return sparse, None
-    check_rank(rank, *problem.shape, problem.name)
     begin = time.perf_counter()
     part = _LowRankPart(problem, constraint, rank)
     candidates = [(sparse, part.beside(sparse.weight))]
@@ -108,14 +106,6 @@ def solve_low_rank(
     stats = {**sparse.stats[0], "relative_error": error}
     stats["steps"] = [*sparse.stats[0]["steps"], {**record, "path": [first, *errors]}]
     return replace(solution, stats=(stats,), warnings=(*sparse.warnings, *part.warnings)), low
-
-
-def check_rank(rank: int, rows: int, columns: int, name: str) -> None:
-    """Refuse a rank that a (rows, columns) operator has not; the error names it and its largest rank."""
-    if not 0 <= rank <= min(rows, columns):
-        raise FistaPrunerError(
-            f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {min(rows, columns)}, not {rank}"
-        )
 
 
 class _LowRankPart:
@@ -144,19 +134,13 @@ class _LowRankPart:
         """Find the low-rank part by the splitting that moves both parts at once."""
         metric, length = self._metric, self._constraint.group_length
         target = metric.inside(self._centre, length)
-        threshold, calls = self._constraint.threshold(*target.shape), 0
-
-        def project(z: Tensor, kept: Tensor) -> None:
-            nonlocal calls
-            threshold(z, kept, correct=calls % (3 * STEPS) == 0)
-            calls += 1
-
+        project = Thresholds(self._constraint, target.shape, LEVELS * STEPS, STEPS)
         term = WithLowRank(target, metric.resolvent(self._problem, length), self._rank)
         z = natural_order(split(term, target, geometric(*RHO, LEVELS, STEPS), project).z, length)
         return self.beside(z * self._constraint.project(z.abs()) / metric.scale)
 
 
-class WithLowRank:
+class WithLowRank(LeastSquares):
     """The least-squares term of S beside the best low-rank part, ``g`` above.
 
     Args:
@@ -166,10 +150,9 @@ class WithLowRank:
     """
 
     def __init__(self, centre: Tensor, resolvent: Resolvent, rank: int) -> None:
-        self.centre, self.resolvent = centre, resolvent
+        super().__init__(centre, resolvent, fast=True)
         drawn = torch.Generator().manual_seed(0)
         self._basis = torch.randn(len(centre), rank, generator=drawn, dtype=torch.float32, device="cpu").to(centre)
-        self._product = Product(centre.new_empty(0, 0), fast=True)
 
     def penalise(self, rho: float) -> None:
         """Compute ``H (H + rho I)^-1`` (n, n)."""
@@ -183,4 +166,4 @@ class WithLowRank:
         turned = away @ (self._matrix @ (away.T @ self._basis))
         self._basis = torch.linalg.qr(turned).Q
         away.addmm_(self._basis, self._basis.T @ away, alpha=-1.0)  # in fp32: most of it cancels
-        torch.sub(kept, self._product(away, torch.empty_like(away)), out=z)
+        torch.sub(kept, self._product(away, self._moved), out=z)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
 from ..core.linalg import damped_cholesky
-from .base import Method, Solution, Stats, keep_better, setting
+from .base import Method, Solution, Stats, setting
 from .refit import refit_cg
 from .splitting import LeastSquares, Resolvent, geometric, natural_order, resolvents, scaled, split, strided_order
 
@@ -62,7 +62,7 @@ class Proximal(Method):
         centre, gram = metric.centre, metric.gram
         length = constraint.group_length
         dense = metric.inside(centre, length)
-        project = _Thresholds(constraint, dense.shape, self.levels * self.steps, self.steps)
+        project = Thresholds(constraint, dense.shape, self.levels * self.steps, self.steps)
         schedule = geometric(*self.rho, self.levels, self.steps)
         term = LeastSquares(dense, metric.resolvent(problem, length), fast=True)
         found = natural_order(split(term, dense, schedule, project).z, length)
@@ -76,7 +76,10 @@ class Proximal(Method):
             for level, share in enumerate(project.changes(), 1)
         ]
         record: Stats = {"iterations": self.levels * self.steps, "rho": list(self.rho), "path": path}
-        return keep_better(problem, Solution(weight, mask, (record,), metric.warnings), start)
+        if start is not None:
+            record["start_kept"] = kept = problem.error(weight) >= problem.error(start.weight)
+            weight, mask = (start.weight, start.mask) if kept else (weight, mask)
+        return Solution(weight, mask, (record,), metric.warnings)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Metric:
         return problem.cached((*self.key, length), compute)
 
 
-class _Thresholds:
+class Thresholds:
     """Project by a fast threshold, corrected at every third level, and watch how the support changes."""
 
     def __init__(self, constraint: Constraint, shape: torch.Size, iterations: int, steps: int) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..core import Constraint, LayerProblem, Ridge
 from ..core.linalg import Product, damped_cholesky
-from ..errors import FistaPrunerError
 from .base import Method, Solution, keep_better_rows
 
 
@@ -41,8 +40,7 @@ class Refit(Method):
     shrinkage: float = 3.0
 
     def solve(self, problem: LayerProblem, constraint: Constraint, start: Solution | None = None) -> Solution:
-        if start is None:
-            raise FistaPrunerError("refit needs the mask of a step before it, such as wanda+refit")
+        assert start is not None
         centre, gram, warnings = problem.regularised(Ridge(mean=self.damping, sampling=self.shrinkage))
         damping = self.damping
         if self.solver == "exact":

@@ -14,15 +14,14 @@ fixes it. The methods differ in these parts:
     proximal   optimal brain surgeon's        geometric                        fast threshold      matrix units
     low rank   as proximal                    geometric                        fast threshold      matrix units
 
-``split`` is the iteration. A *term* is the least-squares part (:class:`LeastSquares`; with a low-rank part
-:class:`~fistapruner.solvers.low_rank.WithLowRank`), a *schedule* yields rho for every step and may look at the state.
+``split`` is the iteration. Its *term* is least squares (:class:`LeastSquares`; with a low-rank part
+:class:`~fistapruner.solvers.low_rank.WithLowRank`), its *schedule* yields rho for every step and may look at the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,16 +33,6 @@ Resolvent = Callable[[float], Tensor]
 
 Project = Callable[[Tensor, Tensor], None]
 """Write the projection of the first tensor (m, n) to the second."""
-
-
-class Term(Protocol):
-    """The term of the objective beside the constraint, by its proximal map."""
-
-    def penalise(self, rho: float) -> None:
-        """Prepare for steps with penalty rho."""
-
-    def advance(self, z: Tensor, kept: Tensor) -> None:
-        """Replace Z (m, n) by ``Z + prox(2 D - Z) - D``, with D the ``kept`` values."""
 
 
 @dataclass
@@ -65,7 +54,7 @@ Schedule = Callable[[State], Iterator[float]]
 """Yield rho for every step; ends when it ends."""
 
 
-def split(term: Term, start: Tensor, schedule: Schedule, project: Project) -> State:
+def split(term: LeastSquares, start: Tensor, schedule: Schedule, project: Project) -> State:
     """Run the splitting.
 
     Args:
@@ -107,11 +96,13 @@ class LeastSquares:
         self._moved = torch.empty_like(centre)
 
     def penalise(self, rho: float) -> None:
+        """Prepare for steps with penalty rho."""
         matrix = self.resolvent(rho)
         matrix.diagonal().sub_(0.5)
         self._product.use(matrix)
 
     def advance(self, z: Tensor, kept: Tensor) -> None:
+        """Replace Z (m, n) by ``Z + prox(2 D - Z) - D``, with D the ``kept`` values."""
         torch.add(z, self.centre, out=self._moved).sub_(kept, alpha=2.0).neg_()
         z.lerp_(self.centre, 0.5)
         self._product.add(z, self._moved)

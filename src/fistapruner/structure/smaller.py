@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from ..errors import FistaPrunerError, explain
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
 from ..models.write import merge_patch
@@ -33,10 +32,7 @@ class Widths:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Widths:
         """Read what :meth:`record` has returned, from ``run.json``."""
-        try:
-            return TypeAdapter(cls).validate_python(record)
-        except ValidationError as error:
-            raise FistaPrunerError(f"run.json: structure: {explain(error)}") from None
+        return TypeAdapter(cls).validate_python(record)
 
     def record(self) -> dict[str, Any]:
         """Return the same as a record for ``run.json``."""
@@ -50,10 +46,6 @@ class Widths:
     def mixtures(self, index: int) -> tuple[Unit, ...]:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return tuple(unit for unit in self.units[index] if unit.kind == EXPERTS)
-
-    def touched(self, index: int) -> set[str]:
-        """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""
-        return {name for unit in self.channels(index) for name in unit.names}
 
 
 def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:

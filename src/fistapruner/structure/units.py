@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -121,14 +122,6 @@ class Unit:
         """Return the names of all operators of channels."""
         return (*self.producers, self.name)
 
-    def biased(self, layer: nn.Module) -> bool:
-        """Return whether the operator that reads the channels has a bias; ``layer`` may be on the meta device."""
-        return layer.get_submodule(self.name).bias is not None
-
-    def kept_rows(self, keep: Tensor) -> dict[str, Tensor]:
-        """Return the rows of each producer that belong to the channels ``keep`` (k,)."""
-        return {name: cut.places(keep, self.before) for name, cut in self.producers.items()}
-
     def tensors(self, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Return the dimension and the places of the units ``keep`` (k,), in any order, in each tensor."""
         return {name: (cut.dim, cut.places(keep, self.before)) for name, cut in self.cuts.items()}
@@ -143,19 +136,12 @@ class Unit:
     def cut_out(self, layer: nn.Module, keep: Tensor) -> None:
         """Leave the units ``keep`` (k,), in this order, in the loaded tensors of a decoder layer."""
         for name, (dim, places) in self.tensors(keep).items():
-            tensor = _tensor(layer, name)
+            tensor: Tensor = attrgetter(name)(layer).detach()
             assign(layer, name, tensor.index_select(dim, places.to(tensor.device)))
 
 
 Units = tuple[tuple[Unit, ...], ...]
 """For each decoder layer what is removed."""
-
-
-def _tensor(layer: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer of a layer."""
-    parent, _, key = name.rpartition(".")
-    tensor: Tensor = getattr(layer.get_submodule(parent), key)
-    return tensor.detach()
 
 
 def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Units:
@@ -164,7 +150,8 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     assert remove is not None
     found: list[tuple[Unit, ...]] = [()] * len(model)
     if remove.share is not None or remove.mlp is not None:
-        channels = _mlp_channels(model, layout)
+        links = find_links(model, layout)
+        channels = tuple(_mlp_units(model.layers[index], layout, index, links[index]) for index in range(len(model)))
         kept = channels_kept(model, channels, settings)
         found = [tuple(replace(unit, after=kept[unit.before]) for unit in layer) for layer in channels]
     if remove.heads is not None:
@@ -182,18 +169,6 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
     if twice := next((name for name, count in sources.items() if count > 1), None):
         raise FistaPrunerError(f"structure: tensor {twice!r} is used in several places: its channels are not removed")
     return tuple(found)
-
-
-def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
-    """Find the MLP channels of every decoder layer, those of experts among them."""
-    links = find_links(model, layout)
-    found = tuple(_mlp_units(model.layers[index], layout, index, links[index]) for index in range(len(model)))
-    for kind in (MLP, SHARED, EXPERT):
-        widths = {unit.before for units in found for unit in units if unit.kind == kind}
-        if len(widths) > 1:
-            shown = ", ".join(map(str, sorted(widths)))
-            raise FistaPrunerError(f"structure: decoder layers have different numbers of {kind} ({shown})")
-    return found
 
 
 def _mlp_units(layer: nn.Module, layout: Layout, index: int, links: Iterable[Link]) -> tuple[Unit, ...]:

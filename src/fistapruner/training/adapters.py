@@ -101,7 +101,7 @@ def merge_adapter(
         )
     checkpoint = source.checkpoint()
     whole = load_whole(source.folder, torch.device("cpu"), torch.float32, trust_remote_code=trust_remote_code)
-    before = {name: weight.tensor.detach().clone() for name, weight in held_weights(whole).items()}
+    before = {name: whole.get_parameter(name).detach().clone() for name in held_weights(whole)}
     try:
         merged = peft.PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,6 @@ from ..errors import FistaPrunerError
 from ..models.experts import holds_experts
 from ..models.record import MIN_ZEROS
 from .masked import local, whole
-
-
-class Weight(NamedTuple):
-    """A parameter of a module: the weight of a linear one, or a tensor of all experts."""
-
-    module: nn.Module
-    parameter: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor as it is now: sharding and casting replace parameters."""
-        found: Tensor = getattr(self.module, self.parameter)
-        return found
 
 
 class hold_mask(TrainerCallback):  # type: ignore[misc]
@@ -59,7 +46,7 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._weights = model, held_weights(model)
-        self._pruned = {name: local(weight.tensor) == 0 for name, weight in self._weights.items()}
+        self._pruned = {name: local(tensor) == 0 for name, tensor in self._tensors().items()}
         self._handles: list[Any] = []
         self._watched: dict[str, weakref.ref[Tensor]] = {}
 
@@ -70,7 +57,7 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         copied = _copied(self._model)
-        if name := next((name for name, weight in self._weights.items() if weight.module in copied), None):
+        if name := next((name for name, (module, _) in self._weights.items() if module in copied), None):
             raise FistaPrunerError(
                 f"{name}: PEFT has frozen it and trains a copy (modules_to_save): call hold_mask after get_peft_model, "
                 "with the model that it returns (trainer.model)"
@@ -79,8 +66,8 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
             self._reshard()
             before, after = _weak(self._step, True), _weak(self._step, False)
             self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-            for name, weight in self._weights.items():
-                self._watch(name, weight.tensor)
+            for name, tensor in self._tensors().items():
+                self._watch(name, tensor)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -93,14 +80,14 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
     def apply(self) -> None:
         """Set every pruned weight to 0; of sharded weights no forward pass may wait for its backward pass."""
         self._reshard()
-        for name, weight in self._weights.items():
-            self._clear(name, weight.tensor)
+        for name, tensor in self._tensors().items():
+            self._clear(name, tensor)
 
     @torch.no_grad()
     def verify(self) -> None:
         """Check that every pruned weight is 0. Where weights are sharded, all processes must call it."""
         self._reshard()
-        tensors = {name: weight.tensor for name, weight in self._weights.items()}
+        tensors = self._tensors()
         lost = [(local(tensor)[self._mask(name, tensor)] != 0).sum() for name, tensor in tensors.items()]
         counts = torch.stack([count.to(lost[0].device) for count in lost])
         if any(hasattr(tensor, "to_local") for tensor in tensors.values()):  # all processes come to the same verdict
@@ -116,7 +103,7 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to mask (called by the trainer, whose model must be the one that is held)."""
         trained = None if kwargs.get("model") is None else set(kwargs["model"].modules())
-        if trained is not None and not any(weight.module in trained for weight in self._weights.values()):
+        if trained is not None and not any(module in trained for module, _ in self._weights.values()):
             raise FistaPrunerError(
                 f"the trainer trains another {type(kwargs['model']).__name__} than hold_mask was called with: give "
                 "both the same model, without model_init, which makes a new one"
@@ -126,6 +113,10 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop masking and check the zeros (called by the trainer)."""
         self.__exit__(None)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the held weights as they are now: sharding and casting replace parameters."""
+        return {name: getattr(module, key) for name, (module, key) in self._weights.items()}
 
     def _reshard(self) -> None:
         """Put the shards back into their modules, which after an evaluation may hold whole copies (FSDP2)."""
@@ -147,7 +138,7 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
     def _step(self, before: bool, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Mask the gradients ``before`` a step of an optimizer, the weights after it."""
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in ((name, weight.tensor) for name, weight in self._weights.items()):
+        for name, parameter in self._tensors().items():
             if id(parameter) in own:
                 self._watch(name, parameter)  # sharding may have replaced the one that was watched
                 (self._accumulated if before else self._clear)(name, parameter)
@@ -186,8 +177,8 @@ def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def held_weights(model: nn.Module) -> dict[str, Weight]:
-    """Find the weights to hold, by name: of pruned linear modules and experts in numbered layers."""
+def held_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Find the weights to hold, linear ones and experts in numbered layers: by name, module and key."""
     found, copied = {}, _copied(model)
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():
@@ -201,7 +192,7 @@ def held_weights(model: nn.Module) -> dict[str, Weight]:
                         "off, or call hold_mask after accelerator.prepare"
                     )
                 if MIN_ZEROS <= int(whole((parameter == 0).sum())) / parameter.numel() < 1.0:  # over all processes
-                    found[name] = Weight(module, key)
+                    found[name] = module, key
     if not found:
         raise FistaPrunerError(
             f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to hold "

@@ -110,6 +110,7 @@ class TrainedLayer(nn.Module):
     ``also`` the layer's :func:`vectors` are trained, too. A fixed low-rank part is added to effective weights.
 
     Attributes:
+        forms: of all trained tensors, as ``pruned`` has them; vectors are trained as they are.
         masters: by key; ``keys``: those of each tensor, by its name inside the layer and their short names; ``names``:
             unique ones, by key; ``masked``: keys of those whose zeros are kept by masking gradients.
     """
@@ -124,32 +125,28 @@ class TrainedLayer(nn.Module):
         low_rank: LowRankAdapter | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.pruned, self._low_rank = model.layers[index], dict(pruned), low_rank
+        self.layer, self.pruned, self._low_rank = model.layers[index], set(pruned), low_rank
+        self.forms = {**pruned, **dict.fromkeys(sorted(vectors(self.layer)) if also else (), (Form(), False))}
         self._full = {name: model.full_name(index, name) for name in pruned}
         self.masters, self.keys, self.names = nn.ParameterDict(), dict[str, dict[str, str]](), dict[str, str]()
-        for name in (*pruned, *(sorted(vectors(self.layer)) if also else ())):
-            source = model.source_of(index, name)
-            started = {ITSELF: self.layer.get_parameter(name).detach().float().clone()}
-            if name in pruned:
-                start = self.matrix(name, started[ITSELF])
-                started = pruned[name][0].start(start, seeded(seed, "start", source))
-            self.keys[name] = {short: f"{name}/{short}".replace(".", "/") for short in started}
-            for short, key in self.keys[name].items():
-                self.masters[key] = nn.Parameter(started[short].contiguous())
+        for name, (form, _) in self.forms.items():
+            source, start = model.source_of(index, name), self.layer.get_parameter(name).detach().float()
+            self.keys[name] = {}
+            for short, master in form.start(self.matrix(name, start), seeded(seed, "start", source)).items():
+                self.keys[name][short] = key = f"{name}/{short}".replace(".", "/")
+                self.masters[key] = nn.Parameter(master.contiguous())
                 self.names[key] = f"{source}.{short}" if short else source
         self.masked = {self.keys[name][ITSELF] for name in pruned if ITSELF in self.keys[name]}
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
         """Turn a pruned weight as the layer holds it into (m, n), and back."""
-        return tensor.T if name in self.pruned and self.pruned[name][1] else tensor
+        return tensor.T if self.forms[name][1] else tensor
 
     def exact(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Compute one effective tensor without a fixed low-rank part; products of lora are in ``dtype``."""
         masters: dict[str, Tensor] = {short: whole(self.masters[key]) for short, key in self.keys[name].items()}
-        if name not in self.pruned:
-            return masters[ITSELF]
         start = self.matrix(name, whole(self.layer.get_parameter(name).detach()))
-        return self.matrix(name, self.pruned[name][0].weight(start.to(dtype), masters))
+        return self.matrix(name, self.forms[name][0].weight(start.to(dtype), masters))
 
     def values(self) -> dict[str, Tensor]:
         """Compute all effective tensors as the passes use them, differentiable, by name inside the layer."""
@@ -158,7 +155,7 @@ class TrainedLayer(nn.Module):
             dtype, part = self.layer.get_parameter(name).dtype, self._low_rank if name in self.pruned else None
             value = self.exact(name, dtype if part is None else torch.float32)
             if part is not None:
-                value = part.added(self._full[name], value, transposed=self.pruned[name][1])
+                value = part.added(self._full[name], value, transposed=self.forms[name][1])
             found[name] = value.to(dtype)
         return found
 
@@ -173,7 +170,7 @@ def trained_layer(
     """Make the masters of a decoder layer that a recipe wants; without values where it has no weights."""
     form = form_of(recipe)
     pruned = {f"{each.name}.weight": (form, each.transposed) for each in layout.in_layer(index)} if form else {}
-    return TrainedLayer(model, index, pruned, bool(recipe.also), recipe.seed, low_rank)
+    return TrainedLayer(model, index, pruned, not recipe.as_published, recipe.seed, low_rank)
 
 
 class Masters:
@@ -276,7 +273,7 @@ class Trained(Masters):
             layer = trained_layer(model, layout, index, recipe, part)
             for name, keys in layer.keys.items():
                 columns = layer.matrix(name, layer.layer.get_parameter(name)).shape[-1]
-                own = form.rate(columns) if form and name in layer.pruned else None
+                own = layer.forms[name][0].rate(columns)
                 for key in keys.values():
                     master = layer.masters[key].detach()
                     rates[layer.names[key]] = first_rate(recipe, own, typical, master)

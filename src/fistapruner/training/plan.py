@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +37,13 @@ MASTER_BYTES = 4 + 4 + 8 + 4
 """Bytes of a trained number."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a run that trains will need: bytes, windows in one pass, and seconds.
 
     ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
-    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
+    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything;
+    ``refusal`` says why the run cannot work.
     """
 
     parameters: str
@@ -57,23 +57,19 @@ class Plan:
     steps: int
     step_seconds: float
     seconds: float
+    refusal: str | None = None
 
-    @property
-    def refusal(self) -> str | None:
-        """Say why the run cannot work; None where it can."""
+    def __post_init__(self) -> None:
         if (needed := sum(self.memory.values())) > self.limit:
             most = max(self.memory, key=lambda name: self.memory[name])
-            return (
+            self.refusal = (
                 f"training {self.parameters} needs {size(needed)} of {self.kind}, {size(self.memory[most])} of it for "
                 f"{most}, and {size(self.limit)} may be used: take --parameters lora, or shorter windows"
             )
-        if self.disk > self.free:
-            return f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return {**vars(self), "refusal": self.refusal}
+        elif self.disk > self.free:
+            self.refusal = (
+                f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
+            )
 
     def __str__(self) -> str:
         again = "decoder layers run twice, " if self.checkpointing else ""

@@ -151,10 +151,10 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
     for name, shorts in trained.keys.items():
         parameter, source = trained.layer.get_parameter(name), model.source_of(index, name)
         masters = {short: trained.masters[key].to(parameter.dtype) for short, key in shorts.items()}
-        form, transposed = trained.pruned.get(name, (None, False))
+        form, transposed = trained.forms[name]
         start = trained.matrix(name, form.parts[ITSELF]) if isinstance(form, _SumOfParts) else parameter
         value = model.rounded(source, trained.matrix(name, masters.pop(ITSELF))).to(parameter.dtype)
-        if form is not None:  # a survivor that rounds to zero stays as it was
+        if name in trained.pruned:  # a survivor that rounds to zero stays as it was
             value = torch.where((value == 0) | (start == 0), start, value)
         stored[source] = model.result(source, value.contiguous())
         if isinstance(form, _SumOfParts):

@@ -128,7 +128,7 @@ class Recovery:
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
-    texts: ClassVar[str] = "texts"
+    texts: ClassVar[str] = "source"
     """Name in ``data`` of what is trained on; ``window`` is that of the tokens in a window."""
     choices: ClassVar[str] = "self, python, c4, or a text file"
     window: ClassVar[str] = "seqlen"
@@ -145,12 +145,12 @@ class Recovery:
     def resolved(self) -> Any:
         """Return the recipe with its text, checked: that of the input's run where the user names none."""
         recipe, data = self.recipe, self.recipe.data
-        origin = None if data.texts else self.request.origin
+        origin = None if data.source else self.request.origin
         if origin is not None and origin.calibration is not None and origin.kind != "align":  # pairs are no text
             tasks = {name: str(task.source) for name, task in origin.calibration.tasks.items()}
             single = next(iter(tasks.values()), origin.calibration.source)
             data = data.model_copy(update={"source": tasks if len(tasks) > 1 else single})
-        for text in data.texts:
+        for text in data.sources.values():
             check_source(text, f"{PURPOSE} source")
         return recipe.model_copy(update={"data": data})
 
@@ -163,7 +163,7 @@ class Recovery:
                 self.warn(f"the dense model {why}: the loss is that of the text (ce); better give --dense")
             self.recipe = recipe = recipe.model_copy(update={"loss": "ce" if self.dense is None else "kl"})
         steps, windows, a_step = recipe.steps_of(seqlen), recipe.windows_of(seqlen), recipe.windows_per_step
-        if (tasks := len(recipe.data.texts)) > 1:
+        if (tasks := len(recipe.data.sources)) > 1:
             mixture = Mixture(tasks, recipe.data.per_round)
             enough = f"at least {-(-mixture.least // a_step)} steps and {mixture.least * seqlen} tokens"
             mixture.draw(min(steps * a_step, windows), enough)
@@ -181,7 +181,7 @@ class Recovery:
             return load_writer(source, model, windows + MAX_HELD_OUT_WINDOWS, seqlen, limit, "--data")
 
         tokens = count(min(data.tokens, windows * seqlen))
-        say(f"training text: {tokens} tokens in windows of {seqlen} from {', '.join(data.texts)}")
+        say(f"training text: {tokens} tokens in windows of {seqlen} from {', '.join(data.sources.values())}")
         with cpu_threads(default_threads(recipe.execution)):
             made = training_text(data, self.tokenizer, seqlen, load_model, say, windows)
         self.model.check_tokens(made.tokens)

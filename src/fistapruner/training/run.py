@@ -22,7 +22,7 @@ from ..pruning import write
 from ..reporting.facts import length_setting
 from ..runs import settled
 from ..runs.directory import TrainingDirectory, refuse_out
-from ..runs.log import Listener, Logged, Times, hold, log_file, read_steps, spent
+from ..runs.log import Listener, Logged, Times, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.numerics import undisturbed
@@ -61,15 +61,11 @@ def recover(
         recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
             default recipe. An AlignRecipe aligns, as ``fistapruner.align`` does.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        listener: receives progress.
-        command: shell line that reproduces the run, for the report; None leaves it out.
         evaluate: text for the perplexity, as ``fistapruner.evaluate`` takes it; ``auto`` is that of the input's
             run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,
-            ``data={"tokens": "500k"}``.
+            ``data={"tokens": "500k"}``. Other arguments are as of ``fistapruner.prune``.
 
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
@@ -172,12 +168,7 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
     run.check_place()
     settled.refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
-    with (
-        settled.interrupted_with(lambda: _how_to_continue(run)),
-        run.created(),
-        hold(run.folder),
-        log_file(run.log_file),
-    ):
+    with run.entered(lambda: _how_to_continue(run)):
         listener, begun = Logged(told), run.record()
         report, fault = None, None
         if begun is not None:
