@@ -297,8 +297,7 @@ class Recovery:
 
     def write(self) -> None:
         """Cut the text, and write it, ``recipe.yaml`` and ``run.json``; a run that does not fit is refused."""
-        if self.plan.refusal:
-            raise FistaPrunerError(self.plan.refusal)
+        self.plan.check()
         self.listener.say(str(self.plan))
         request, run, recipe, model = self.request, self.run, self.recipe, self.model
         text = self.text or self.cut()
