@@ -44,7 +44,6 @@ class Alignment(Recovery):
     text: Pairs
 
     def resolved(self) -> AlignRecipe:
-        """See :class:`.Recovery`."""
         recipe = self.recipe
         if recipe.data.pairs is not None:
             read_pairs(recipe.data.pairs)
@@ -83,11 +82,9 @@ class Alignment(Recovery):
         }
 
     def order(self) -> Tensor:
-        """See :class:`.Recovery`."""
         return pair_order(self.text, self.decision.steps, self.recipe.pairs_per_step, self.recipe.data.seed)
 
     def objective(self, run: Any, windows: Tensor) -> Objective:
-        """See :class:`.Recovery`."""
         recipe, references, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self._weighed(self.references())
