@@ -33,7 +33,7 @@ from fistapruner.models.source import resolve_model
 from fistapruner.packed import kernel
 from fistapruner.packed.format import pack_operator
 from fistapruner.packed.linear import SparseLinear
-from fistapruner.packed.load import replace, use_kernels
+from fistapruner.packed.load import use_kernels
 from fistapruner.runtime.files import write_json_atomic
 
 LLAMA_1B = {
@@ -102,9 +102,9 @@ def derive(model: Any, change: Callable[[Any], nn.Module], alike: bool) -> Any:
             within = name.split(".layers.")[1].partition(".")[2]
             if not alike or within not in done:
                 done[within] = change(module)
-                replace(other, name, done[within])
+                other.set_submodule(name, done[within])
             else:
-                replace(other, name, copy.deepcopy(done[within]))
+                other.set_submodule(name, copy.deepcopy(done[within]))
     return other
 
 
@@ -123,7 +123,7 @@ def model_variants(
             packed, lambda layer: SparseLinear(pack_operator(layer.operator.to_dense(), int8=True)), alike
         )
         head = SparseLinear(pack_operator(base.lm_head.weight, int8=True, dense=True))
-        replace(variants[f"packed int8 {sparsity}"], "lm_head", head)
+        variants[f"packed int8 {sparsity}"].set_submodule("lm_head", head)
     for label, model in variants.items():
         if label.startswith("packed"):
             use_kernels(model)  # as fistapruner.load does

@@ -51,9 +51,6 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
 MANY_UNKNOWN = 4
 """Unknown settings that are answered one by one; more of them are no slips of the pen."""
 
-NAME_MAX = 255
-"""Longest name of a file."""
-
 A_MODEL = "a folder, a file or a hub id"
 A_FOLDER = "the path of a folder"
 A_TEXT = "a file or the name of a data set"
@@ -63,12 +60,12 @@ def path_text(name: str, value: object, expected: str) -> str:
     """Return what the argument ``name`` gives, a file, folder or data set, as text; ``~/`` is put in full."""
     advice = ": save_pretrained writes a model to a folder" if hasattr(value, "save_pretrained") else ""
     wrong = "is None" if value is None else f"is of the class {type(value).__name__}"
-    text = at_home(str(value))
     if isinstance(value, (str, Path)):
-        wrong = f"has {len(text)} characters" if any(len(part) > NAME_MAX for part in text.split("/")) else ""
-    if wrong:
-        raise FistaPrunerError(f"{name} {wrong}, and {expected} is expected{advice}")
-    return str(text)
+        text = str(at_home(str(value)))
+        if max(map(len, text.split("/"))) < 256:  # no file has a longer name
+            return text
+        wrong = f"has {len(text)} characters"
+    raise FistaPrunerError(f"{name} {wrong}, and {expected} is expected{advice}")
 
 
 def at_home(value: Any) -> Any:
@@ -166,11 +163,6 @@ def instead_of(name: str, known: Collection[str]) -> str:
     """Say which known name is nearest to one that is not, or name all; the end of an error's sentence."""
     near = get_close_matches(name, known, n=1)
     return f": did you mean {near[0]!r}?" if near else f": one of {', '.join(known)} is expected"
-
-
-def unreadable(path: str | Path, error: OSError | UnicodeError) -> FistaPrunerError:
-    """Make the error of a file that the system does not let us read, or that is not UTF-8 text."""
-    return FistaPrunerError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def one_line(error: Exception, most: int = 200) -> str:

@@ -274,29 +274,6 @@ def test_a_missing_extra_shows_before_a_model_is_looked_for(
     assert "reading c4 needs the package 'datasets': pip install" in said
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "prune m --out {}",
-        "prune m --out {} --plan",
-        "compare m --out {} --methods wanda",
-        "pack m {}",
-        "recover m --out {}",
-        "align m --out {} --data pairs.jsonl",
-    ],
-)
-def test_an_output_folder_whose_path_is_not_utf_8_is_refused_before_any_work(
-    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, cli: tiny.Cli
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny.save("llama", tmp_path / "m", num_hidden_layers=1)
-    tiny.write_pairs(tmp_path / "pairs.jsonl")
-    before = sorted(tmp_path.iterdir())
-    said = cli(*(word.format(os.fsdecode(b"r\xe8")) for word in command.split()), status=2).err
-    assert "r\\udce8 is not a UTF-8 path" in said
-    assert sorted(tmp_path.iterdir()) == before
-
-
 @pytest.mark.parametrize(("methods", "named"), [("methods: wanda", True), ("method: wanda", False)])
 def test_a_fault_of_a_recipe_file_names_the_file(tmp_path: Path, cli: tiny.Cli, methods: str, named: bool) -> None:
     """That of a flag does not."""

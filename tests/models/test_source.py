@@ -1,7 +1,6 @@
 """What a user may call a model, and what the errors say when there is none."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,19 +32,6 @@ def test_the_folder_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch:
 def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
         resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
-
-
-def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"mod\xe8le")
-    folder.mkdir()
-    (folder / "m.gguf").write_bytes(b"GGUF")
-    (tmp_path / "link").symlink_to(folder)
-    for path in (folder, folder / "m.gguf"):
-        with pytest.raises(FistaPrunerError, match=r"mod\\udce8le.* is not a UTF-8 path, .*: rename it$"):
-            resolve_model(path)
-    pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-    with pytest.raises(FistaPrunerError, match=r"link/m\.gguf is truncated"):
-        resolve_model(tmp_path / "link" / "m.gguf")
 
 
 def test_a_folder_of_gguf_files_says_which_may_be_given(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fistapruner as fp
 import tiny
@@ -26,7 +25,6 @@ from fistapruner.errors import MissingExtraError
         (lambda: fp.evaluate("m", "python", batch_size=True), "batch_size: Input should be a valid integer"),
         (lambda: fp.unpack(3, "out"), "packed is of the class int, and the path of a folder is expected"),
         (lambda: fp.export(3, "out.gguf"), "model is of the class int, and the path of a folder is expected"),
-        (lambda: fp.SparseLinear(nn.Linear(8, 8)), "operator is of the class Linear, and a PackedOperator is"),
     ],
 )
 def test_arguments_of_a_wrong_type(call: Callable[[], Any], message: str) -> None:

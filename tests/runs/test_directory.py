@@ -48,7 +48,7 @@ def write_model(run: RunDirectory) -> None:
 
 
 def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
-    """A path below a link to nothing; for files and paths that are not UTF-8 see the tests of the command line."""
+    """A path below a link to nothing; for files see the tests of the command line."""
     (tmp_path / "link").symlink_to("gone")
     for place in ("link", "link/a/b"):
         with (

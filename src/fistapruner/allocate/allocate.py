@@ -38,12 +38,7 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
 class ZerosBudget:
     """Zeros to distribute over operators, in equal steps of each operator's range of sparsities.
 
-    Args:
-        sizes: weights of each operator.
-        fraction: the sparsity of all operators together.
-
-    Attributes:
-        uniform: (operators,) zeros of the same sparsity in every operator.
+    Arguments are as for :func:`split_budget`; ``uniform`` (operators,) are the zeros of the same sparsity everywhere.
     """
 
     def __init__(self, sizes: Mapping[str, int], fraction: float) -> None:
@@ -58,9 +53,6 @@ class ZerosBudget:
         """Compute the cost of one more zero in every step, (operators, steps), non-decreasing along the steps.
 
         It is divided by the number of steps in a sparsity of 1, a constant that no comparison of slopes depends on.
-
-        Args:
-            curves: as for :func:`split_budget`.
         """
         grid = torch.tensor(sparsity_grid(self._fraction), dtype=torch.float64)
         rows = []
@@ -79,14 +71,9 @@ class ZerosBudget:
         return self._fewest[:, 0] + taken.view_as(self._steps).sum(1)
 
     def rise(self, slopes: Tensor, zeros: Tensor) -> Tensor:
-        """Compute the summed cost of zeros over that of the lowest sparsities.
+        """Compute the summed cost (...,) of (operators,) zeros over that of the lowest sparsities.
 
-        Args:
-            slopes: (..., operators, steps).
-            zeros: (operators,).
-
-        Returns:
-            (...,).
+        ``slopes``: (..., operators, steps).
         """
         before = self._fewest + self._steps.cumsum(1) - self._steps
         taken = (zeros[:, None] - before).clamp_min(0).minimum(self._steps)

@@ -76,13 +76,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class DensePasses:
-    """How passes of the dense model are carried out.
-
-    Args:
-        store: makes the stores of hidden states between decoder layers.
-        batch_size: windows in one pass.
-        tick: receives progress: (what, steps done, steps in all).
-    """
+    """How the dense model is passed; ``store`` makes the stores of hidden states between layers."""
 
     store: Store
     batch_size: int = 4
@@ -103,17 +97,11 @@ def measure_sensitivity(
     """Run the dense model forwards, and backwards where ``gradients`` are asked for, over some windows.
 
     Args:
-        model: the dense model.
-        layout: its operators.
         tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) *
             windows * seqlen * width`` values.
-        passes: how the passes are carried out.
         seed: of the drawn labels.
         gather: receives the sums of operator inputs from the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
-
-    Raises:
-        FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
     visit = None if gather is None else gathering(layout, gather)
@@ -223,9 +211,6 @@ def loss_gradient(model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenS
         hidden: output of the last decoder layer.
         gradient: receives the gradient, of the same shape.
         seed: of the labels, which are drawn from the model's predictions.
-
-    Raises:
-        FistaPrunerError: predictions are NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     with model.embeddings_and_head():

@@ -34,22 +34,18 @@ SHARE = 4
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse a measured allocation that the sparsity or the structure does not allow, and a bad workload.
-
-    Raises:
-        FistaPrunerError: names the setting, or what is wrong in the workload file.
-    """
+    """Refuse a measured allocation that the sparsity or the structure does not allow, and a bad workload."""
     kind, pattern = measured_by(recipe), recipe.sparsity
+    what, fault = f"allocation {recipe.allocation!r}" if kind else "weighting 'fisher'", None
     if recipe.structure.experts is not None and (kind or recipe.weighting == "fisher"):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} and weighting {recipe.weighting!r} cannot be used where experts are "
-            f"removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+        fault = f"where experts are removed ({recipe.structure.remove}): take allocation uniform and weighting none"
+    elif kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
+        fault = (
+            f"with {pattern}: it distributes zeros, so give an unstructured --sparsity such as 50% (error also takes "
+            "n:m), or allocation uniform"
         )
-    if kind and not (pattern.fraction > 0 and (pattern.supports_allocation or kind == "error")):
-        raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {pattern}: it distributes zeros, so give an "
-            "unstructured --sparsity such as 50% (error also takes n:m), or allocation uniform"
-        )
+    if fault is not None:
+        raise FistaPrunerError(f"{what} cannot be used {fault}")
     _workload(recipe)
 
 
@@ -148,15 +144,11 @@ def decide(
     Args:
         recipe: all settings, checked by :func:`check_allocation`.
         layout: the operators to prune.
-        model: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used, of each task for a workload.
         sparsity: pattern of every operator, by full name, that the recipe gives without measuring.
-        passes: how passes are carried out.
         smaller: the operators in the shapes that they are to have, where channels are removed. Zeros are distributed
             over these shapes; the order of channels that are removed is chosen with them.
     """
-    if not needs_measuring(recipe):
-        return Decision()
     kind, patterns = measured_by(recipe), patterns_measured(recipe.sparsity)
     curved = kind in ("error", "workload")
     workload = _workload(recipe)

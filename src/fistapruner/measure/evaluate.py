@@ -30,7 +30,7 @@ from ..models.source import Permissions
 from ..packed.pack import unpacked
 from ..runs.lineage import lineage_of, trained_on
 from ..runs.records import Evaluation
-from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.numerics import DTYPES, pass_dtype, undisturbed
 from ..runtime.show import Tick, silent
 from ..settings.parse import Size
@@ -84,7 +84,7 @@ class Asked(BaseModel):
 
 
 @undisturbed()
-@threads_within_quota()
+@cpu_threads()
 def evaluate(
     model: str | Path,
     data: str | Path | Windows | None = None,

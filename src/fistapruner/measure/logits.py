@@ -32,9 +32,6 @@ from ..runtime.numerics import BUDGETS, Budgets, dtype_name, mean_and_error, sli
 from ..runtime.show import Tick, silent
 from .data import Windows
 
-Head = Callable[[Tensor], Tensor]
-"""Maps hidden states of the last decoder layer (tokens, width) to logits (tokens, vocabulary)."""
-
 log = logging.getLogger("fistapruner")
 
 
@@ -170,7 +167,11 @@ def token_figures(targets: Tensor, logits: Tensor, reference: Tensor | None = No
 
 
 def sum_over_tokens(
-    hidden: Sequence[Tensor], targets: Tensor, heads: Sequence[Head], vocabulary: int, budgets: Budgets = BUDGETS
+    hidden: Sequence[Tensor],
+    targets: Tensor,
+    heads: Sequence[Callable[[Tensor], Tensor]],
+    vocabulary: int,
+    budgets: Budgets = BUDGETS,
 ) -> Tensor:
     """Sum :func:`token_figures` over (tokens,) targets, as fp64 on the CPU.
 

@@ -24,7 +24,7 @@ from ..runs.lineage import Dense, dense_of, input_run, update_stage, write_linea
 from ..runs.log import Listener, hold
 from ..runs.records import DONE, Evaluation, Generation, Report, is_run, load_run
 from ..runs.settled import EvaluationRequest, absolute, changed_files
-from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..runtime.numerics import undisturbed
@@ -168,7 +168,7 @@ def _samples(run: RunDirectory, execution: Execution, permissions: Permissions, 
         return []
 
 
-@threads_within_quota()
+@cpu_threads()
 def generate_side_by_side(
     models: Mapping[str, Path],
     device: torch.device,

@@ -26,9 +26,10 @@ from torch import Tensor
 from ..errors import FistaPrunerError, one_line
 from ..models.build import load_whole, refuse_own_code
 from ..models.checkpoint import PACKED_RECORD, Checkpoint, read_json_in
+from ..models.low_rank import LowRankAdapter
 from ..models.record import has_zeros, lost_structure, read_pruning_record
 from ..packed import kernel
-from ..packed.checkpoint import is_packed, low_rank_part
+from ..packed.checkpoint import PackedCheckpoint, is_packed
 from ..packed.load import load
 from ..packed.pack import NoPackedFormError, pack, unpacked
 from ..runtime.devices import free_memory, peak_memory, reset_peak_memory, usable_threads
@@ -228,7 +229,7 @@ def load_variant(variant: Variant) -> Any:
 
 def weight_bytes(folder: Path) -> int:
     """Count the bytes of the weight files that are loaded, with a low-rank part's."""
-    low_rank = low_rank_part(folder)
+    low_rank = PackedCheckpoint(folder, verify=False).low_rank if is_packed(folder) else LowRankAdapter.beside(folder)
     return Checkpoint.open(folder, allow_pickle=True).file_bytes + (0 if low_rank is None else low_rank.file_bytes)
 
 

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FistaPrunerError, one_line, unreadable
-from ..runtime.files import atomic_file, refuse_lfs_pointer, require_space, write_all
+from ..errors import FistaPrunerError, one_line
+from ..runtime.files import atomic_file, disk_errors, refuse_lfs_pointer, require_space, write_all
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -91,9 +91,8 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.metadata, self.entries, self._offsets = _read_header(self.path)
-        except OSError as error:
-            raise unreadable(self.path, error) from None
+            with disk_errors(self.path, "read"):
+                self.metadata, self.entries, self._offsets = _read_header(self.path)
         except (SafetensorError, ValueError, struct.error) as error:
             refuse_lfs_pointer(self.path)
             reason = one_line(error)
@@ -108,16 +107,13 @@ class SafetensorsFile:
             entry = TensorEntry.of(name, entry.dtype, entry.shape[1:])
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         view = buffer.numpy().data
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._offsets[name] + (number or 0) * entry.nbytes)
-                while view:
-                    count = file.readinto(view[: 2**30])
-                    if not count:
-                        raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {entry.name!r}")
-                    view = view[count:]
-        except OSError as error:
-            raise unreadable(self.path, error) from None
+        with disk_errors(self.path, "read"), open(self.path, "rb", buffering=0) as file:
+            file.seek(self._offsets[name] + (number or 0) * entry.nbytes)
+            while view:
+                count = file.readinto(view[: 2**30])
+                if not count:
+                    raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {entry.name!r}")
+                view = view[count:]
         if entry.dtype is torch.bool:
             return (buffer != 0).view(entry.shape)
         return buffer.view(entry.dtype).view(entry.shape)

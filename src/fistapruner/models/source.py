@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import A_MODEL, FistaPrunerError, at_home, needs_code, one_line, path_text, with_name
-from ..runtime.files import disk_errors, refuse_lfs_pointer, require_utf8
+from ..runtime.files import disk_errors, refuse_lfs_pointer
 from ..settings.parse import YAML_FAULTS
 from .checkpoint import (
     COMPANION_NAMES,
@@ -147,8 +147,6 @@ def resolve_model(
     """
     text = path_text("model", model, A_MODEL)
     path = Path(text)
-    if path.exists():
-        require_utf8(path)
     packed = path.suffix.lower() == ".gguf" and path.is_file()
     if packed or (text == SMALL_MODEL and not path.exists()):
         return converted_gguf(path if packed else small_model(), cache or default_cache())

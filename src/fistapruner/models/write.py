@@ -21,7 +21,6 @@ from ..runtime.files import (
     disk_errors,
     remove_folder,
     require_space,
-    require_utf8,
     sha256_file,
     sync_folder,
     unfinished,
@@ -131,8 +130,7 @@ def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 def require_new(out: Path, source: Path | None = None) -> None:
-    """Refuse an output folder that exists already, lies inside its source, or whose path is not UTF-8."""
-    require_utf8(out)
+    """Refuse an output folder that exists already, or lies inside its source."""
     with disk_errors(out):
         fault = "exists already: remove it, or write" if out.exists() or out.is_symlink() else ""
         if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):

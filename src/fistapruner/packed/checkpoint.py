@@ -30,11 +30,6 @@ def refuse_packed(folder: Path) -> None:
         raise FistaPrunerError(f"{folder} is packed: unpack it first with '{shell_line('unpack', folder, 'DIR')}'")
 
 
-def low_rank_part(folder: Path) -> LowRankAdapter | None:
-    """Open the low-rank part of a model folder, packed or ordinary; None where it has none."""
-    return PackedCheckpoint(folder, verify=False).low_rank if is_packed(folder) else LowRankAdapter.beside(folder)
-
-
 class PackedCheckpoint:
     """An opened and checked packed folder: descriptions in memory, values on disk.
 
@@ -61,9 +56,9 @@ class PackedCheckpoint:
                 "a packed one on the hub, of which transformers leaves that file out"
             )
         about = read_json_in(self.folder, PACKED_RECORD)
-        if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
+        if about.get("format") != "fistapruner-packed":
             raise damaged(self.folder / PACKED_RECORD, "it does not describe a packed checkpoint")
-        require_version(about["version"], str(self.folder))
+        require_version(about.get("version"), str(self.folder))
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
         self.low_rank = LowRankAdapter.recorded(self.record, self.folder / FOLDER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import A_FOLDER, FistaPrunerError, out_path, path_text
+from ..errors import A_FOLDER, out_path, path_text
 from ..models.export import GGUFValues, export_gguf
 from ..models.record import refuse_low_rank
 from ..runs.directory import checkpoint_of
@@ -40,11 +40,6 @@ def export(
         MissingExtraError: the ``gguf`` package is missing.
     """
     out, folder = out_path(out, "the path of a file"), checkpoint_of(path_text("model", model, A_FOLDER))
-    if not (folder / "config.json").is_file():
-        raise FistaPrunerError(
-            f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "
-            "'hf download NAME --local-dir DIR' makes a folder of a model on the hub"
-        )
     refuse_packed(folder)
     refuse_low_rank(folder, "export")
     return export_gguf(folder, out, values, allow_pickle=allow_pickle, progress=progress or silent)

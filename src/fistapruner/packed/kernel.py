@@ -103,27 +103,16 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def best_level() -> int:
-    """Return the index into :data:`LEVELS` of this processor's fastest level; -1 without a kernel.
-
-    Raises:
-        FistaPrunerError: the environment variable names no level, or one that cannot run here.
-    """
-    found = library()
-    best = -1 if found is None else int(found.fistapruner_level())
-    wanted = os.environ.get(ENVIRONMENT, "")
-    if not wanted:
-        return best
-    if wanted == "torch":
-        return -1
-    return level_index(wanted)
+    """Return the index into :data:`LEVELS` of this processor's fastest level; -1 without a kernel."""
+    wanted = os.environ.get(ENVIRONMENT)
+    return level_index(wanted) if wanted else len(available_levels()) - 1
 
 
 def level_index(name: str) -> int:
-    """Return the index of a level, which must be one that was built and that this processor has."""
-    if name not in (available := available_levels()):
-        known = ", ".join(("torch", *available))
-        raise FistaPrunerError(f"kernel level {name!r} does not run here; what does: {known}")
-    return LEVELS.index(name)
+    """Return the index of a level that was built and that this processor has; -1 is torch."""
+    if name not in (known := ("torch", *available_levels())):
+        raise FistaPrunerError(f"kernel level {name!r} does not run here; what does: {', '.join(known)}")
+    return known.index(name) - 1
 
 
 def available_levels() -> tuple[str, ...]:
@@ -162,7 +151,7 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
         operator: the operator, on the CPU; without mask and scales its values are a dense contiguous bf16 weight, for
             bf16 vectors from :data:`DENSE_LEVEL` on.
         x: (…, columns), contiguous and not empty, fp32 or bf16 on the CPU; the result has its dtype.
-        bias: (rows,) on the CPU, or None; read where it is if it is fp32 or bf16.
+        bias: (rows,), or None; read where it is if it is fp32 or bf16 on the CPU.
         level: index into :data:`LEVELS`.
         many: use the matrix units; needs bf16 and :func:`takes_many`.
 
@@ -172,9 +161,7 @@ def multiply(operator: PackedOperator, x: Tensor, bias: Tensor | None, level: in
     loaded, rows, batch = library(), operator.shape[0], x.numel() // operator.shape[1]
     assert loaded is not None
     if bias is not None:
-        if not bias.is_cpu:
-            raise FistaPrunerError(f"the bias is on {bias.device}, the kernel and its input on the CPU: move it there")
-        bias = (bias if bias.dtype in TYPES else bias.float()).contiguous()
+        bias = bias.to("cpu", bias.dtype if bias.dtype in TYPES else torch.float32).contiguous()
     added = (None, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
     out = x.new_empty((*x.shape[:-1], rows))
     threads, address = min(torch.get_num_threads(), -(-rows // 64)), _address(operator)

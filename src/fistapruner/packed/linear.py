@@ -178,20 +178,12 @@ class SparseLinear(_Packed):
         twin: str = "",
     ) -> None:
         super().__init__()
-        if not isinstance(operator, PackedOperator):
-            raise FistaPrunerError(
-                f"operator is of the class {type(operator).__name__}, and a PackedOperator is expected: "
-                "SparseLinear.from_dense packs an nn.Linear"
-            )
         self.out_features, self.in_features = operator.shape
         self.operator, self.transposed, self.twin = operator, transposed, twin
         for name, factor in zip(("low_rank_a", "low_rank_b"), low_rank or (None, None), strict=True):
             self.register_buffer(name, factor, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        if level is None:
-            self.level = kernel.best_level()
-        else:
-            self.level = -1 if level == "torch" else kernel.level_index(level)
+        self.level = kernel.best_level() if level is None else kernel.level_index(level)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear) -> SparseLinear:

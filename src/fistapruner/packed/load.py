@@ -56,7 +56,10 @@ def load(
     refuse_own_code(source.folder, f"if you trust that code, load it with {loads} after import fistapruner")
     if packed and kernel.best_level() <= 0:
         warnings.warn(kernel.SLOW, stacklevel=3)  # of the caller, past the decorator
-    model = _build(source, found if isinstance(found, torch.dtype) else _main_dtype(source), packed)
+    if not isinstance(found, torch.dtype):  # that of the dense model's largest tensor
+        tensors = [entry for entries in source.contents().values() for entry in entries]
+        found = max(tensors, key=lambda entry: entry.dtype.is_floating_point * entry.nbytes).dtype
+    model = _build(source, found, packed)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
     return model.eval()
@@ -92,7 +95,7 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
         module = model.get_submodule(parent) if replaceable else None
         transposed = isinstance(module, Conv1D)  # GPT-2 stores (inputs, outputs)
         if type(module) is nn.Embedding and operator.mask is None:
-            replace(model, parent, Int8Embedding(operator, dtype))
+            model.set_submodule(parent, Int8Embedding(operator, dtype))
         elif transposed or (
             isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape
         ):
@@ -100,7 +103,8 @@ def _build(source: PackedCheckpoint, dtype: torch.dtype, packed: bool) -> Any:
             low_rank = None if factors is None else (factors[0].float(), factors[1].float())
             held, bias = _turned(operator) if transposed else operator, rest.pop(f"{parent}.bias", None)
             twin = twins.get(target, "")
-            replace(model, parent, SparseLinear(held, bias, transposed=transposed, low_rank=low_rank, twin=twin))
+            linear = SparseLinear(held, bias, transposed=transposed, low_rank=low_rank, twin=twin)
+            model.set_submodule(parent, linear)
         else:
             rest[target] = rounded(target, operator.to_dense())
     if packed:
@@ -179,12 +183,6 @@ def use_kernels(model: nn.Module) -> None:
             module.__class__ = DenseLinear  # the same parameters, hooks and settings
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of ``model`` at the dotted ``name``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def _serve_experts(model: nn.Module) -> None:
     """Skip experts without tokens, and keep the names of fused experts in the state dict; in place.
 
@@ -215,9 +213,3 @@ def _split(experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> Non
         for number, matrix in enumerate(() if whole is None else whole):
             for part, weight in zip(parts, matrix.chunk(len(parts)), strict=True):
                 state[f"{prefix}{number}.{part}.weight"] = weight
-
-
-def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
-    """Return the dtype of the dense model's largest tensor."""
-    entries = [entry for entries in source.contents().values() for entry in entries if entry.dtype.is_floating_point]
-    return max(entries, key=lambda entry: entry.nbytes).dtype

@@ -45,12 +45,7 @@ class Outliers:
             self._scores.clear()
 
     def allocation(self, sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
-        """Return the sparsity of every operator.
-
-        Args:
-            sizes: weights of each operator, by full name.
-            fraction: the sparsity of all operators together.
-        """
+        """Return sparsities of operators of these ``sizes``, whose share of zeros together is ``fraction``."""
         low, high = min(self._shares.values()), max(self._shares.values())
         reach = min(REACH, fraction / 2, (1 - fraction) / 2)
         raw = {index: -2 * reach * (share - low) / ((high - low) or 1.0) for index, share in self._shares.items()}

@@ -63,7 +63,8 @@ def prune_layer(
             pruning.remove_before(number, loaded)
             if number in pruning.solved:
                 pruning.prune_group(number)
-            pruning.pruned(number)
+            if pruning.cached is not None:
+                pruning.cached.pruned(number)
         pruning.reconstruct()
         error = pruning.output_pass()
     entry, mixtures = pruning.result.entry, (operator.experts for operator in context.layout.in_layer(index))
@@ -86,7 +87,7 @@ class _Pruning(LayerPasses):
         for mixture in self.mixtures_before(number):
             remove_experts(self, mixture, loaded)
             release_memory()
-        for consumer in self.cut_before(number):
+        for consumer in sorted(group for group, due in self.cut.items() if due == number):
             (operator,) = self.groups[consumer]
             name = _short_names([operator])
             self.listener.operators(self.index, name, None)

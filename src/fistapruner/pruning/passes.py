@@ -51,20 +51,20 @@ class LayerPasses:
         touched = {unit.name: {numbers[name] for name in unit.names if name in numbers} for unit in units}
         self._touched = set[int]().union(*touched.values())
         self._corrects = recipe.error_correction
-        # By number of the group that loses inputs, the number of the group before which its channels are removed.
-        self._cut = {numbers[name]: min(found) if self._corrects else 0 for name, found in touched.items()}
+        self.cut = {numbers[name]: min(found) if self._corrects else 0 for name, found in touched.items()}
+        """By number of the group that loses inputs, the number of the group before which its channels are removed."""
         self._fits_left = context.fitted(index)
         self._drift = Drift(context, index, streams)
-        self._cached: CachedOutputs | None = None
+        self.cached: CachedOutputs | None = None
         if self._corrects:
             later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
             projections = kept_projections(context.layout, index, self.model.device)
-            self._cached = CachedOutputs(
+            self.cached = CachedOutputs(
                 index, self.layer, self.groups, projections, later_passes, streams.seen, context.scratch
             )
         self._sums: dict[int, ProblemSums | ChannelSums] = {}  # of a group's operators, or of the inputs it loses
         self._routed: dict[str, RoutedTokens] = {}
-        cut_experts = [number for number in self._cut if self.groups[number][0].experts]
+        cut_experts = [number for number in self.cut if self.groups[number][0].experts]
         self._routed_left = Counter(self.groups[number][0].experts for number in (*self.solved, *cut_experts))
         """By mixture, how often its tokens are still read."""
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
@@ -82,7 +82,7 @@ class LayerPasses:
         streams, drift = self.streams, self._drift
         if streams.dense is not None and (self.groups or streams.dense_out is not None):
             for number in self._same_in_dense() if streams.pruned is None else ():
-                self._sums[number] = self._new_sums(number, channels=number in self._cut, drifted=False)
+                self._sums[number] = self._new_sums(number, channels=number in self.cut, drifted=False)
 
             def keep(number: int, start: int, values: Tensor) -> None:
                 with self.clock.phase("io"):
@@ -114,13 +114,13 @@ class LayerPasses:
 
     def _same_in_dense(self) -> list[int]:
         """Return the groups whose sums are gathered in the dense pass: nothing is pruned before them."""
-        last = 0 if self._corrects else -1 if self._cut else len(self.groups)
+        last = 0 if self._corrects else -1 if self.cut else len(self.groups)
         found = [number for number in self.solved if number <= last and number not in self._touched]
         if not self._fits_left:
             found += [
                 number
-                for number, due in self._cut.items()
-                if not any(other < due for other in self.solved) and (number == min(self._cut) or not self._corrects)
+                for number, due in self.cut.items()
+                if not any(other < due for other in self.solved) and (number == min(self.cut) or not self._corrects)
             ]
         return [number for number in found if not self.groups[number][0].experts]
 
@@ -148,10 +148,6 @@ class LayerPasses:
         for place, group in enumerate(self.groups):
             first.setdefault(group[0].experts, place if self._corrects else 0)
         return [mixture for mixture in self.context.mixtures(self.index) if first[mixture.name] == number]
-
-    def cut_before(self, number: int) -> list[int]:
-        """Return the groups whose inputs are removed before group ``number`` is pruned."""
-        return [consumer for consumer, due in sorted(self._cut.items()) if due == number]
 
     def sums_of(self, number: int) -> ProblemSums:
         """Hand over the sums of group ``number``, from a pass with the groups before it pruned.
@@ -183,7 +179,7 @@ class LayerPasses:
         correction, one pass of the layer as it was serves all units, unless they are fitted (goa).
         """
         (operator,) = self.groups[number]
-        experts = [other for other in sorted(self._cut) if self.groups[other][0].experts]
+        experts = [other for other in sorted(self.cut) if self.groups[other][0].experts]
         if not self._corrects:
             self._route(experts)
         if operator.experts:
@@ -191,9 +187,9 @@ class LayerPasses:
             self._read_routed(number)
         elif number not in self._sums:
             alone = self._corrects or self._fits_left
-            together = [number] if alone else sorted(self._cut.keys() - self._sums.keys() - set(experts))
+            together = [number] if alone else sorted(self.cut.keys() - self._sums.keys() - set(experts))
             # Cached outputs would keep inputs of the operator that is next, with the channels that go.
-            around = self._around(cached=self._cut[number] != number, residual=self._first_writer_is_final(number))
+            around = self._around(cached=self.cut[number] != number, residual=self._first_writer_is_final(number))
             self._gather(together, around, channels=True)
         if number not in self.solved:
             self._drift.close(number)
@@ -227,11 +223,6 @@ class LayerPasses:
         """Note that a mixture has lost experts, so that its tokens go elsewhere."""
         self._routed.pop(mixture).close()
 
-    def pruned(self, number: int) -> None:
-        """Note that the operators of group ``number`` have their final weights in the layer."""
-        if self._cached is not None:
-            self._cached.pruned(number)
-
     def output_pass(self) -> float | None:
         """Write the pruned layer's output for the next layer, and release what was kept.
 
@@ -243,10 +234,10 @@ class LayerPasses:
         self._close_wanted()
         self._drift.close_residual()
         if streams.pruned_out is not None:
-            last = [] if self.recipe.reconstruct or self._cached is None else [self._cached.around_pass]
+            last = [] if self.recipe.reconstruct or self.cached is None else [self.cached.around_pass]
             self._run(streams.seen, output=streams.pruned_out, around=last)
-        if self._cached is not None:
-            self._cached.close()
+        if self.cached is not None:
+            self.cached.close()
         if not self.groups or self._first_out is None or streams.dense is None:
             return None
         # A pass of that batch with nothing watched, timed as ``plain``: the report compares it with ``capture``.
@@ -265,7 +256,7 @@ class LayerPasses:
 
     def _around(self, *, cached: bool = True, residual: bool = True) -> list[Around]:
         """Return what goes around a pass of the layer with some groups pruned."""
-        parts = (self._cached if cached else None, self._drift if residual else None)
+        parts = (self.cached if cached else None, self._drift if residual else None)
         return [part.around_pass for part in parts if part is not None]
 
     def _store(self, name: str) -> HiddenStates:
@@ -307,7 +298,7 @@ class LayerPasses:
     def _first_writer_is_final(self, number: int) -> bool:
         """Return whether the first writer to the residual stream is final when group ``number`` loses inputs."""
         first = self.context.layout.residual_writers[self.index][:1]
-        return not any(self.groups[other][0].name in first for other in self.solved if other >= self._cut[number])
+        return not any(self.groups[other][0].name in first for other in self.solved if other >= self.cut[number])
 
     def _gather_expert(self, numbers: list[int], *, channels: bool) -> None:
         """Gather the sums of groups of one expert, or of the ``channels`` that they read, from its own tokens."""

@@ -122,11 +122,7 @@ def prune(
 
 
 def resume(
-    out: str | Path,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    listener: Listener | None = None,
+    out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None
 ) -> Report:
     """Continue a run of any verb as it was begun: its directory has model, recipe and evaluation.
 

@@ -157,14 +157,13 @@ def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
         chosen[name].check(operator.columns, name)
         if not recipe.low_rank or not chosen[name].zeros(operator.rows, operator.columns):
             continue
+        rows, columns, rank, fault = operator.rows, operator.columns, recipe.low_rank, None
         if operator.experts:
-            raise FistaPrunerError(
-                f"low_rank {recipe.low_rank}: PEFT has no LoRA for {name}: leave such operators dense with ignore "
-                "[re:experts], or prune without low_rank"
-            )
-        if recipe.low_rank > (most := min(shape := (operator.rows, operator.columns))):
-            said = f"its low-rank part has a rank from 0 to {most}, not {recipe.low_rank}"
-            raise FistaPrunerError(f"{name} is {shape[0]} x {shape[1]}: {said}")
+            fault = f"PEFT has no LoRA for {name}: leave such operators dense with ignore [re:experts]"
+        elif rank > (most := min(rows, columns)):
+            fault = f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {most}, not {rank}"
+        if fault is not None:
+            raise FistaPrunerError(f"low_rank {rank}: {fault}")
     return chosen
 
 
@@ -303,7 +302,7 @@ def settle(
         states = run.hidden / "sensitivity" if on_disk else None
         with scratch_folder(states):
             store = scratch_factory(states, model.dtype)
-            measured = _measure(run, recipe, inputs, tokens, numerics.batch_size, store, identity, listener)
+            measured = _measure(run, inputs, tokens, numerics.batch_size, store, identity, listener)
         if measured is not None:
             seconds["sensitivity"] = time.perf_counter() - begin
     sizes = {"samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}
@@ -356,18 +355,12 @@ def _draw_windows(recipe: Recipe, inputs: Inputs, seqlen: int, listener: Listene
 
 
 def _measure(
-    run: PruneDirectory,
-    recipe: Recipe,
-    inputs: Inputs,
-    tokens: Tensor,
-    batch_size: int,
-    store: Store,
-    identity: str,
-    listener: Listener,
+    run: PruneDirectory, inputs: Inputs, tokens: Tensor, batch: int, store: Store, identity: str, listener: Listener
 ) -> Decision | None:
     """Measure on the dense model what the recipe needs, and store it; None where it needs nothing."""
     run.metrics_file.unlink(missing_ok=True)
-    model, widths, scores, found = inputs.model, inputs.context.widths, dict[str, Tensor](), Decision()
+    model, recipe, widths = inputs.model, inputs.context.recipe, inputs.context.widths
+    scores, found = dict[str, Tensor](), Decision()
     try:
         if recipe.structure.method == "bypass" and widths is not None:
             steps, seed = recipe.structure.steps, recipe.seed
@@ -376,7 +369,7 @@ def _measure(
             scores = {inputs.layout.full_name(index, name): each for (index, name), each in learned.items()}
         if needs_measuring(recipe):
             listener.say("measuring sensitivity on the dense model")
-            passes = DensePasses(store, min(4, batch_size), listener.tick)
+            passes = DensePasses(store, min(4, batch), listener.tick)
             sparsity, smaller = inputs.context.sparsity, inputs.context.layout
             found = decide(recipe, inputs.layout, model, tokens, sparsity, passes, smaller)
         elif not scores:

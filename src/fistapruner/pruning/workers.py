@@ -56,11 +56,7 @@ REACH_SECONDS = 10.0
 
 
 def prune_layers(
-    context: RunContext,
-    todo: Collection[int],
-    execution: Execution,
-    listener: Listener,
-    inspect: Inspect | None = None,
+    context: RunContext, todo: Collection[int], execution: Execution, listener: Listener, inspect: Inspect | None = None
 ) -> None:
     """Prune the decoder layers in ``todo``; each layer is journaled when it is done.
 
@@ -176,7 +172,7 @@ def _prune_in_parallel(context: RunContext, todo: set[int], execution: Execution
 
 
 def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit, listener: Listener) -> None:
-    """Pass the dense hidden states from layer to layer into files, which workers read.
+    """Pass the dense hidden states from layer to layer into files ``dense-INDEX``, which workers read.
 
     At most ``size + 2`` files exist at a time. A worker that died raises BrokenProcessPool.
     """
@@ -190,10 +186,10 @@ def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit,
                 raise FistaPrunerError(fault)
             entry = context.run.journal.finished(index, context.fingerprint)
             assert entry is not None
-            (context.run.hidden / _file(index)).unlink(missing_ok=True)
+            (context.run.hidden / f"dense-{index}").unlink(missing_ok=True)
             listener.layer(entry)
 
-    last, states = max(todo), context.embed(_file(0), on_disk=True)
+    last, states = max(todo), context.embed("dense-0", on_disk=True)
     for index in range(last + 1):
         states.sync()  # other hosts may read the file
         while len(running) >= size:
@@ -201,18 +197,13 @@ def _send_layers(context: RunContext, todo: set[int], size: int, submit: Submit,
         if index in todo:
             running[submit(index)] = index
         if index < last:
-            onward = context.store(_file(index + 1), on_disk=True)
+            onward = context.store(f"dense-{index + 1}", on_disk=True)
             context.advance(index, LayerStreams(states, dense_out=onward))
             states.close(keep=index in todo)
             states = onward
     states.close(keep=True)
     while running:
         collect()
-
-
-def _file(index: int) -> str:
-    """Return the name of the file of dense hidden states that enter decoder layer ``index``."""
-    return f"dense-{index}"
 
 
 def prune_one(index: int, folder: Path, device: str, permissions: Permissions, model: Path, host: str) -> str | None:
@@ -223,7 +214,7 @@ def prune_one(index: int, folder: Path, device: str, permissions: Permissions, m
     try:
         context = _opened(folder, device, permissions, model)
         torch.set_num_threads(context.numerics.threads)
-        states = context.store(_file(index), on_disk=True)
+        states = context.store(f"dense-{index}", on_disk=True)
         try:
             with exact_products():
                 _prune_journaled(context, index, LayerStreams(states), Listener())

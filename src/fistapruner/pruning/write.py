@@ -303,13 +303,9 @@ def finish(
 def write_low_rank(
     run: RunDirectory, factors: LazyTensors, rank: int, layout: Layout, totals: Totals
 ) -> dict[str, Any]:
-    """Write the low-rank part of a run and count it; return what the checkpoint's record says of it.
+    """Write the low-rank part of a run, its ``factors`` by name in the model, and count it in ``totals``.
 
-    Args:
-        run: the run directory.
-        factors: by name in the model; ``rank``: of every part.
-        layout: operators of the run.
-        totals: receives rank, weights and bytes.
+    Returns what the checkpoint's record says of it.
     """
     found = write_adapter(run.adapter, factors, rank, transposed=layout.transposed)
     totals.low_rank, totals.low_rank_weights, totals.low_rank_bytes = rank, found["weights"], found["bytes"]

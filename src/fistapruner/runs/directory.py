@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ..errors import FistaPrunerError, unreadable
+from ..errors import FistaPrunerError
 from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
 from ..models.low_rank import LowRankAdapter, remove_adapter
 from ..models.record import FOLDER, LOW_RANK
@@ -51,7 +51,6 @@ from ..runtime.files import (
     read_json,
     read_sealed_json,
     remove_folder,
-    require_utf8,
     sampled_sha256,
     sha256_file,
     write_json_atomic,
@@ -88,8 +87,7 @@ R_co = TypeVar("R_co", bound=RunRecord, default=RunRecord, covariant=True)
 
 
 def refuse_out(out: Path) -> None:
-    """Refuse an output folder that is a file, or whose path is not UTF-8."""
-    require_utf8(out)
+    """Refuse an output folder that is a file."""
     if out.exists() and not out.is_dir():
         raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
@@ -167,9 +165,8 @@ class RunDirectory(Generic[R_co]):
             return None
         content, fault = {}, ""
         try:
-            content = read_sealed_json(self.run_file)
-        except OSError as error:
-            raise unreadable(self.run_file, error) from None
+            with disk_errors(self.run_file, "read"):
+                content = read_sealed_json(self.run_file)
         except ValueError as error:
             fault = f"{self.run_file} is damaged ({error})"
         if not fault and content.pop("format", 0) != FORMAT:

@@ -67,10 +67,10 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
 
 
 @contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` CPU threads inside the block; the last bits of products depend on it."""
+def cpu_threads(count: int | None = None) -> Iterator[None]:
+    """Compute on so many CPU threads, by default all usable ones; last bits depend on it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or usable_threads())
     try:
         yield
     finally:
@@ -80,13 +80,6 @@ def cpu_threads(count: int) -> Iterator[None]:
 def usable_threads() -> int:
     """Count torch's default CPU threads, at most the cores that this process may use."""
     return min(torch.get_num_threads(), available_cores())
-
-
-@contextmanager
-def threads_within_quota() -> Iterator[None]:
-    """Compute on :func:`usable_threads` inside the block."""
-    with cpu_threads(usable_threads()):
-        yield
 
 
 def available_cores() -> int:

@@ -15,12 +15,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError, one_line, unreadable
+from ..errors import FistaPrunerError, one_line
 from .show import size
 
 PARTIAL = ".partial"
@@ -33,12 +32,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: str | Path, verb: str = "write") -> Iterator[None]:
     """Turn errors of a disk (full, over quota, read-only, forbidden) into one line with the path."""
     try:
         yield
     except OSError as error:
-        said = f"cannot write {path}: {error.strerror or error}"
+        said = f"cannot {verb} {path}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             said = f"the disk is full: cannot write {path}; free some space and run the same command again"
         raise FistaPrunerError(said) from error
@@ -48,16 +47,6 @@ def refuse_link(path: Path) -> None:
     """Refuse a link where a file or folder is to be written or removed: it may lead to anybody's."""
     if path.is_symlink():
         raise FistaPrunerError(f"{path} is a link where a run keeps a file or folder of its own: move the link away")
-
-
-def require_utf8(path: Path) -> None:
-    """Refuse a file or folder whose whole path is not UTF-8, which the tokenizer library cannot open."""
-    whole = os.path.abspath(path)
-    try:
-        whole.encode()
-    except UnicodeEncodeError:
-        what = "is not a UTF-8 path, which the tokenizer library cannot open: rename it"
-        raise FistaPrunerError(f"{whole} {what}") from None
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -194,11 +183,10 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with disk_errors(path, "read"):
+            value = json.loads(path.read_text("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("an object is expected")
-    except OSError as error:
-        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
     return value
@@ -222,16 +210,13 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically."""
-    with _opened(source) as file, atomic_file(target) as descriptor, open(descriptor, "wb", closefd=False) as out:
+    with (
+        disk_errors(source, "read"),
+        open(source, "rb") as file,
+        atomic_file(target) as descriptor,
+        open(descriptor, "wb", closefd=False) as out,
+    ):
         shutil.copyfileobj(file, out, 2**24)
-
-
-def _opened(path: Path) -> BufferedReader:
-    """Open a file whose bytes are read."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def sampled_sha256(path: Path) -> str:
@@ -256,5 +241,5 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes with SHA-256, in hexadecimal."""
-    with _opened(path) as file:
+    with disk_errors(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import FistaPrunerError
-
 if TYPE_CHECKING:
     import torch
 
@@ -77,25 +75,12 @@ def now() -> str:
 
 def launched() -> int:
     """Count the processes that ``torchrun`` or another launcher has started for this run; 1 without one."""
-    return _launch()[1]
+    return int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
 
 
 def leads() -> bool:
     """Check that this is the first of the processes that a launcher has started, or the only one."""
-    return _launch()[0] == 0
-
-
-def _launch() -> tuple[int, int]:
-    """Return the number of this process and how many there are, as a launcher says in the environment."""
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if not rank or not size:
-        return 0, 1
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise FistaPrunerError(
-            f"environment variables RANK and WORLD_SIZE are {rank} and {size}: a launcher sets WORLD_SIZE to a number "
-            "of processes, and RANK to a number from 0 to WORLD_SIZE - 1; without one, unset both"
-        )
-    return int(rank), int(size)
+    return launched() == 1 or os.environ["RANK"] == "0"
 
 
 def module_path() -> str:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BeforeValidator
 
-from ..errors import FistaPrunerError, at_home, unreadable
+from ..errors import FistaPrunerError, at_home
+from ..runtime.files import disk_errors
 
 P = TypeVar("P", bound=Iterable[str])
 
@@ -99,10 +100,11 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
         return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
     path = Path(at_home(name_or_file))
     try:
-        if path.is_file():
-            return parse_yaml(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeError) as error:
-        raise unreadable(path, error) from None
+        with disk_errors(path, "read"):
+            if path.is_file():
+                return parse_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error}") from None
     known = f"neither a file nor a shipped recipe ({', '.join(shipped)})" if shipped else "not a file"
     raise FistaPrunerError(f"recipe {name_or_file!r} is {known}")
 

@@ -110,12 +110,7 @@ class Calibration(Texts):
         "the language reference of Python, the next three need the extra 'data', and a file is .txt, .raw, .md, .jsonl "
         "or .parquet. Several by name, {chat: a.jsonl, code: b.jsonl}, give the same number of windows each.",
     )
-    samples: int = Field(
-        128,
-        ge=1,
-        lt=2**31,
-        description="Number of calibration windows. 128 is the papers' choice.",
-    )
+    samples: int = Field(128, ge=1, lt=2**31, description="Number of calibration windows. 128 is the papers' choice.")
     seqlen: int | None = Field(
         None,
         ge=8,

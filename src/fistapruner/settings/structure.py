@@ -102,14 +102,10 @@ class Structure(Settings):
         "auto is bias for flap and none for goa and bypass, as published, and refit for the others.",
     )
     multiple: int = Field(
-        64,
-        ge=1,
-        description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
+        64, ge=1, description="Widths are rounded to a multiple of this; a width that is given is taken as it is."
     )
     steps: int = Field(
-        1000,
-        ge=1,
-        description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000.",
+        1000, ge=1, description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000."
     )
 
     @model_validator(mode="before")

@@ -111,9 +111,7 @@ class TrainingData(Texts):
         "of tokens from each. Without it the calibration text of the run that pruned the model.",
     )
     seqlen: int | None = Field(
-        None,
-        ge=8,
-        description="Tokens in a window; without it 1024, or the model's maximum length if that is shorter.",
+        None, ge=8, description="Tokens in a window; without it 1024, or the model's maximum length if that is shorter."
     )
     tokens: Count = Field(
         256_000,

@@ -34,15 +34,7 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """Describe one method.
-
-    Args:
-        name: name in recipes and on the command line.
-        place: module of this package and the class in it, derived from :class:`~.base.Method`.
-        summary: what it does, in half a line.
-        reference: its paper or origin.
-        refines: it is a refinement, which needs the solution of a previous step.
-    """
+    """Describe one method; ``place`` is its module in this package and its class."""
 
     name: str
     place: str
@@ -116,9 +108,7 @@ CATALOGUE = (
 class Listing:
     """Methods that are listed, printed as ``fistapruner methods`` prints them.
 
-    Args:
-        entries: the methods.
-        settings: of the one method that was asked for, default and description by name; None where all are listed.
+    ``settings`` are default and description by name of the one method that was asked for; None where all are listed.
     """
 
     entries: tuple[Entry, ...]

@@ -42,12 +42,7 @@ class Solution:
 
 
 def setting(
-    default: Any,
-    description: str,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    choices: Sequence[str] = (),
+    default: Any, description: str, *, least: float = -math.inf, above: float = -math.inf, choices: Sequence[str] = ()
 ) -> Any:
     """Make a field of a method that recipes set: with its bounds, which are checked, and its description.
 
@@ -136,17 +131,14 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     if isinstance(value, str):
         value = value.split("+")
     steps = tuple(map(_parse_step, value if isinstance(value, (list, tuple)) and value else [value]))
-    if steps[0].refines:
-        first = steps[0].name
-        raise FistaPrunerError(
-            f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
-        )
     for number, step in enumerate(steps):
-        if number and not step.takes_start:
-            before = "+".join(earlier.name for earlier in steps[:number])
-            raise FistaPrunerError(
-                f"method {step.name!r} does not start from another solution: leave out {before!r} before it"
-            )
+        before, fault = "+".join(earlier.name for earlier in steps[:number]), None
+        if step.refines and not before:
+            fault = f"refines another solution: put a solver before it, such as wanda+{step.name}"
+        elif before and not step.takes_start:
+            fault = f"does not start from another solution: leave out {before!r} before it"
+        if fault is not None:
+            raise FistaPrunerError(f"method {step.name!r} {fault}")
     return steps
 
 

@@ -129,13 +129,7 @@ def _largest_penalty(problem: LayerProblem) -> float:
 
 
 def fista(
-    start: Tensor,
-    gradient: Tensor,
-    step: Product,
-    penalty: float,
-    lipschitz: float,
-    iterations: int,
-    tolerance: float = 0.0,
+    start: Tensor, gradient: Tensor, step: Product, penalty: float, lipschitz: float, iterations: int, tolerance: float
 ) -> tuple[Tensor, int]:
     """Run FISTA (Beck & Teboulle 2009) on ``f(V)/2 + penalty ||V||_1``.
 

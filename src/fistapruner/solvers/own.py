@@ -66,10 +66,10 @@ def _method(place: str, path: Path, attribute: str, digest: str) -> type[Method]
             found = getattr(module, attribute)
         else:
             found = next(iter(entry_points(group=GROUP, name=place))).load()
+        if not isinstance(found, type) or not callable(getattr(found, "solve", None)):
+            raise TypeError("it is not a class with solve(problem, constraint, start)")
     except Exception as error:
         raise FistaPrunerError(f"method {place!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not isinstance(found, type) or not callable(getattr(found, "solve", None)):
-        raise FistaPrunerError(f"method {place!r} is not a class with solve(problem, constraint, start)")
     more: dict[str, Any] = {
         "name": getattr(found, "name", found.__name__),
         "reference": f"{place}@{digest}",

@@ -46,28 +46,21 @@ class Swap(Method):
         assert start is not None
         centre, gram, warnings = problem.regularised(Ridge(mean=self.damping))
         weight, _, raised = refit_exact(centre, gram, start.mask, problem.name)
-        mask, done = start.mask.clone(), 0
+        mask, done, length = start.mask.clone(), 0, constraint.group_length
         # On a CPU, small batches stay in the cache and stop as soon as their rows do; a GPU needs many rows at once.
         batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // len(gram) ** 2)
         for rows in (slice(begin, begin + batch) for begin in range(0, len(mask), batch)):
             errors = problem.slice(rows).row_errors(weight[rows])
-            done += self._exchange(centre[rows], gram, mask[rows], weight[rows], errors, constraint, problem.name)
+            done += self._exchange(centre[rows], gram, mask[rows], weight[rows], errors, length, problem.name)
         weight, _, more = refit_exact(centre, gram, mask, problem.name)
         weight, mask = keep_better_rows(problem, weight, mask, start)
         return Solution(weight, mask, ({"swaps": done},), tuple(dict.fromkeys((*warnings, *raised, *more))))
 
     def _exchange(
-        self,
-        centre: Tensor,
-        gram: Tensor,
-        mask: Tensor,
-        weight: Tensor,
-        errors: Tensor,
-        constraint: Constraint,
-        name: str,
+        self, centre: Tensor, gram: Tensor, mask: Tensor, weight: Tensor, errors: Tensor, length: int, name: str
     ) -> int:
-        """Exchange weights of a batch of rows in their ``mask``, in place; returns the number of exchanges."""
-        n, length = len(gram), constraint.group_length
+        """Exchange weights of a batch of rows, in groups of a ``length``, in their ``mask``; return how often."""
+        n = len(gram)
         table, border = _sweep_support(centre, gram, mask, weight, name)
         every = torch.arange(len(mask), device=mask.device)
         count = torch.zeros(len(mask), dtype=torch.long, device=mask.device)

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from ..errors import FistaPrunerError, explain
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
 from ..models.write import merge_patch
@@ -33,10 +32,7 @@ class Widths:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Widths:
         """Read what :meth:`record` has returned, from ``run.json``."""
-        try:
-            return TypeAdapter(cls).validate_python(record)
-        except ValidationError as error:
-            raise FistaPrunerError(f"run.json: structure: {explain(error)}") from None
+        return TypeAdapter(cls).validate_python(record)
 
     def record(self) -> dict[str, Any]:
         """Return the same as a record for ``run.json``."""

@@ -117,7 +117,12 @@ def _config(model: LayerwiseModel, build: Build, config: Mapping[str, Any], unit
             )
         ]
         would = f"; heads={' or heads='.join(others)} would do" if others else ""
-    raise FistaPrunerError(
+    raise _no_entry(model, one, would)
+
+
+def _no_entry(model: LayerwiseModel, one: Unit, would: str = "") -> FistaPrunerError:
+    """Make the error of a model whose config has no entry for what is removed."""
+    return FistaPrunerError(
         f"structure: no entry of config.json makes {type(model.model).__name__} a model with {one.after} of "
         f"{one.before} {one.kind}: they are not removed{would}"
     )
@@ -136,10 +141,7 @@ def _tried(
     Of channels one entry may change, or several: the width of experts, and those of shared experts and of dense MLPs.
     Of others all likely ones change together.
 
-    Args:
-        model, build, config: as for :func:`_config`.
-        kind: what is removed: a key of :data:`LIKELY`.
-        sizes: the new numbers, by the old ones; ``more``: entries that are changed, too.
+    ``kind`` is a key of :data:`LIKELY`, ``sizes`` the new numbers by the old ones; ``more`` is changed, too.
     """
     for change in _changes(model, kind, sizes):
         both = merge_patch(config, in_section(model, {**change, **more}))
@@ -185,10 +187,7 @@ def _without_experts(
         found = tuple(tuple(_with_cuts(unit, before, after) for unit in layer) for before, after, layer in pairs)
         if len(found) == len(model) and all(unit.cuts for layer in found for unit in layer):
             return found, both
-    raise FistaPrunerError(
-        f"structure: no entry of config.json makes {type(model.model).__name__} a model with {one.after} of "
-        f"{one.before} experts: they are not removed"
-    )
+    raise _no_entry(model, one)
 
 
 def _with_cuts(unit: Unit, before: nn.Module, after: nn.Module) -> Unit:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text, unreadable
+from ..errors import A_TEXT, FistaPrunerError, MissingExtraError, one_line, path_text
+from ..runtime.files import disk_errors
 
 SELF = "self"
 """The source that is no text to read: the model writes it (:mod:`.generate`)."""
@@ -149,15 +150,14 @@ def read_documents(path: str | Path) -> list[str]:
     path = Path(path)
     suffix = path.suffix.lower()
     try:
-        if suffix == ".parquet":
-            return _parquet_documents(path)
-        if suffix == ".jsonl":
-            return [field_of(record, "text", where) for where, record in read_lines(path)]
-        return [path.read_text("utf-8-sig")]
+        with disk_errors(path, "read"):
+            if suffix == ".parquet":
+                return _parquet_documents(path)
+            if suffix == ".jsonl":
+                return [field_of(record, "text", where) for where, record in read_lines(path)]
+            return [path.read_text("utf-8-sig")]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -165,22 +165,19 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     A byte order mark before the first line is skipped. A line that is not a mapping is a record without fields.
     """
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not content.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(content.decode("utf-8"))
-                    if b"\\u" in content:
-                        json.dumps(record, ensure_ascii=False).encode()  # no tokenizer reads half of a surrogate pair
-                except (ValueError, RecursionError) as error:
-                    raise FistaPrunerError(f"{where} is not JSON in UTF-8: {one_line(error)}") from None
-                yield where, record if isinstance(record, dict) else {}
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with disk_errors(path, "read"), open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not content.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(content.decode("utf-8"))
+                if b"\\u" in content:
+                    json.dumps(record, ensure_ascii=False).encode()  # no tokenizer reads half of a surrogate pair
+            except (ValueError, RecursionError) as error:
+                raise FistaPrunerError(f"{where} is not JSON in UTF-8: {one_line(error)}") from None
+            yield where, record if isinstance(record, dict) else {}
 
 
 def field_of(record: dict[str, Any], field: str, where: str, kind: type = str) -> Any:
