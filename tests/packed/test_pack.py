@@ -189,7 +189,7 @@ def test_what_is_refused(tmp_path):
         (dense, "same", "no pruned operators"),
         (few, "same", "no operator becomes smaller without its zeros: a mask takes one bit"),
         (source, "int4", "int4"),
-        (packed, "same", "packed already"),
+        (packed, "same", "is packed: unpack it first"),
     ):
         with pytest.raises(FistaPrunerError, match=said):
             pack(given, tmp_path / "q", values=values)
