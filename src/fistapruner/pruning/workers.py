@@ -93,12 +93,12 @@ def _prune_journaled(
     context: RunContext, index: int, streams: LayerStreams, listener: Listener, inspect: Inspect | None = None
 ) -> LayerEntry:
     """Prune decoder layer ``index`` and journal it; arguments as for :func:`prune_layer`."""
-    run, recipe, widths = context.run, context.recipe, context.widths
+    run, recipe = context.run, context.recipe
     number, names = (
         f"{index:04d}",
         [name for group in context.layout.layers[index] for name in context.names(index, group)],
     )
-    learned = recipe.structure.method == "bypass" and widths is not None and widths.channels(index)
+    learned = recipe.structure.method == "bypass" and context.widths.channels(index)
     measures = LayerMeasures(
         metric=run.measured("output", [number])[number] if recipe.reconstruct else None,
         importance=run.measured("rows", names) if weighs_rows(recipe) else None,
