@@ -21,15 +21,11 @@ SOME = ("gpt2", "llama", "opt", "phi3")
 
 @pytest.mark.parametrize("architecture", tiny.quick_first(tiny.ARCHITECTURES, SOME))
 def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
-    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
-    hard = {"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}
-    report = fp.prune(
-        str(folder), tmp_path / "run", sparsity="2:4", method="wanda+refit", calibration=tiny.SMALL, **hard
-    )
+    hard = {"propagate": "pruned", "dense_target": 0.5, "residual": "correct", "method": "wanda+refit"}
+    report = tiny.prune(tmp_path, architecture, {"dtype": torch.bfloat16}, sparsity="2:4", **hard)
     assert report.status == "finished"
-    model = tiny.loaded(tmp_path / "run" / "model")
-    source = tiny.loaded(folder)
-    layout = discover(tiny.opened(folder))
+    model, source = tiny.loaded(tmp_path / "run" / "model"), tiny.loaded(tmp_path / "model")
+    layout = discover(tiny.opened(tmp_path / "model"))
     pruned = set()
     for name, operator in layout.operators():
         index = int(name.removeprefix(layout.layers_name + ".").partition(".")[0])
@@ -97,10 +93,7 @@ def test_targets_ignore_and_allocation_choose_operators_and_shards_keep_their_na
 
 
 def test_report_holds_what_fista_did(tmp_path: Path) -> None:
-    folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(
-        str(folder), tmp_path / "run", method="fista", calibration=tiny.SMALL, evaluate="python", evaluate_windows=2
-    )
+    report = tiny.prune(tmp_path, method="fista", evaluate="python", evaluate_windows=2)
     stored = json.loads((tmp_path / "run" / "report.json").read_text())
     step = stored["layers"][0]["operators"][0]["steps"][-1]
     assert {"lipschitz", "rounds", "iterations", "e_total"} <= set(step)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from fistapruner import Recipe, prune
+from fistapruner import Recipe
 from fistapruner.allocate.allocate import choose_patterns, split_budget
 from fistapruner.allocate.curves import (
     POINTS,
@@ -36,7 +36,6 @@ from fistapruner.measure.inspection import inspect_checkpoint
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
 FRACTIONS = st.floats(0.05, 0.9)
-SMALL = {"source": "python", "samples": 4, "seqlen": 16}
 
 
 @settings(deadline=None, max_examples=40)
@@ -205,17 +204,14 @@ def test_what_cannot_be_measured_is_refused(settings: dict[str, str], message: s
 def test_at_a_sparsity_that_keeps_nothing_of_small_operators_the_total_is_still_exact(
     tmp_path: Path, allocation: str
 ) -> None:
-    model = tiny.save(
-        "llama", tmp_path / "model", hidden_size=8, intermediate_size=12, num_attention_heads=2, num_hidden_layers=1
-    )
-    report = prune(str(model), tmp_path / "run", sparsity="99.9%", allocation=allocation, calibration=SMALL)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
+    report = tiny.prune(tmp_path, "llama", sizes, sparsity="99.9%", allocation=allocation)
     sizes = [math.prod(operator.shape) for operator in report.operators]
     assert report.totals.operator_zeros == sum(round(0.999 * size) for size in sizes)
 
 
 def test_operators_of_a_run_take_n_of_m_patterns_of_their_own(tmp_path: Path) -> None:
-    source = tiny.save("llama", tmp_path / "model")
-    report = prune(str(source), tmp_path / "run", sparsity="2:4", method="wanda", allocation="error", calibration=SMALL)
+    report = tiny.prune(tmp_path, sparsity="2:4", method="wanda", allocation="error")
     patterns = {entry.sparsity for entry in report.operators}
     assert patterns <= {"0%", "3:4", "2:4", "1:4"}
     assert len(patterns) > 1

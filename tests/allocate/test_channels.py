@@ -199,14 +199,13 @@ def test_a_run_rotates_or_reorders_what_belongs_together(
     tmp_path: Path, architecture: str, dtype: torch.dtype, consumer: str, tensors: int
 ) -> None:
     """With all of the weights put back in their new order, the pruned model answers as the dense one does."""
-    folder, pruned_operators = tiny.save(architecture, tmp_path / "model", dtype=dtype), (consumer, "v_proj")
-    targets = pruned_operators if "attn" in consumer else (consumer,)
-    report = fp.prune(folder, tmp_path / "run", targets=targets, **RUN)
+    pruned_operators = (consumer, "v_proj") if "attn" in consumer else (consumer,)
+    report = tiny.prune(tmp_path, architecture, {"dtype": dtype}, targets=pruned_operators, **RUN)
     assert len(report.permuted) == 3
     assert all(name.endswith(consumer) and after > before for name, (before, after) in report.permuted.items())
     dense, pruned = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for path in (folder, tmp_path / "run" / "model")
+        for path in (tmp_path / "model", tmp_path / "run" / "model")
     )
     orders = PruneDirectory(tmp_path / "run").orders()
     assert len(orders) == 3 * tensors
@@ -243,9 +242,8 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
     for number, (settings, reorders) in enumerate(
         [({}, True), ({"method": "wanda"}, False), ({"permutation": "none"}, False), ({"sparsity": "50%"}, False)]
     ):
-        report = fp.prune(
-            str(folder), tmp_path / f"run-{number}", **{"sparsity": "2:4", "calibration": SMALL, **settings}
-        )
+        run = tmp_path / f"run-{number}"
+        report = fp.prune(folder, run, **{"sparsity": "2:4", "calibration": tiny.SMALL, **settings})
         assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
     assert all(NM(2, 4).satisfies(layer.mlp.down_proj.weight) for layer in model.model.layers)

@@ -1,6 +1,7 @@
 """Sensitivities measured layer by layer, against automatic differentiation of the whole model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ TOKENS = tiny.tokens(WINDOWS, SEQLEN, seed=3)
     ("architecture", "on_disk"), [("llama", False), ("gpt2", True), ("opt", False), ("gpt_neox", False)]
 )
 def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str, on_disk: bool) -> None:
-    folder = tiny.save(
-        architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {})
-    )
+    changes = {"word_embed_proj_dim": 32} if architecture == "opt" else {}
+    folder = tiny.save(architecture, tmp_path / "model", **changes)
     skeleton = tiny.opened(folder)
     layout = discover(skeleton)
     passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
@@ -38,18 +38,14 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     names = [name for name, _ in layout.operators()]
     names += [f"{layout.layers_name}.{index}" for index in range(len(skeleton))]
 
-    def hook(name: str) -> object:
-        def after_forward(_: object, __: object, output: object) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            assert isinstance(hidden, Tensor)
-            hidden.register_hook(lambda grad: grads.__setitem__(name, grad.reshape(-1, grad.shape[-1])))
-
-        return after_forward
+    def note(name: str, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(lambda grad: grads.__setitem__(name, grad.reshape(-1, grad.shape[-1])))
 
     prefixed = {name for name, _ in model.named_modules()}
     for name in names:
         target = name if name in prefixed else f"{model.base_model_prefix}.{name}"
-        model.get_submodule(target).register_forward_hook(hook(name))
+        model.get_submodule(target).register_forward_hook(lambda _, __, output, name=name: note(name, output))
     logits = model(input_ids=TOKENS).logits
     # The same draws: a uniform number for each token, from one generator.
     uniform = torch.rand(WINDOWS, SEQLEN, 1, generator=torch.Generator().manual_seed(5))

@@ -1,7 +1,5 @@
 """The command line: output that nobody reads, and messages for what is mistyped."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -134,18 +132,6 @@ def test_a_rank_without_a_number_of_processes_is_none(
     said = cli("prune", model, "--out", tmp_path / "run", *SETTINGS)
     assert "checkpoint" in said.out
     assert "1 decoder layer\n" in said.err
-
-
-@pytest.mark.parametrize(
-    ("own", "size"), [("3", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "-1"), ("gold", "2"), ("1", "2.0")]
-)
-def test_a_rank_that_is_none_of_its_processes_is_refused_at_once(
-    own: str, size: str, monkeypatch: pytest.MonkeyPatch, cli: tiny.Cli
-) -> None:
-    monkeypatch.setenv("RANK", own)
-    monkeypatch.setenv("WORLD_SIZE", size)
-    (line,) = cli("recover", "run", "--out", "recovered", status=2).err.splitlines()
-    assert line.startswith(f"fistapruner: environment variables RANK and WORLD_SIZE are {own} and {size}: ")
 
 
 def test_verbs_that_only_read_work_under_a_launcher_and_others_are_refused(

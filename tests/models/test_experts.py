@@ -114,12 +114,9 @@ def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: 
     assert {operator.expert for group in layout.layers[1] for operator in group if operator.experts} == {0, 1, 2, 3}
     tensors = load_file(tmp_path / "model.safetensors")
     with model.layer(1) as layer:
-        for group in layout.layers[1]:
-            for operator in (operator for operator in group if operator.experts):
-                key = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}.get(operator.name.rpartition(".")[2])
-                assert torch.equal(
-                    operator.weight(layer), stored(architecture, tensors, operator.expert)[key or "joined"]
-                )
+        for operator in (operator for group in layout.layers[1] for operator in group if operator.experts):
+            part = operator.name.rpartition(".")[2].removesuffix("_proj").replace("gate_up", "joined")
+            assert torch.equal(operator.weight(layer), stored(architecture, tensors, operator.expert)[part])
 
 
 def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Path) -> None:

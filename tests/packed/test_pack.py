@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, load, pack, prune, unpack
-from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.source import ModelSource
@@ -34,7 +33,7 @@ def same_tensors(one: Path, other: Path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_there_and_back(tmp_path, capsys):
+def test_there_and_back(tmp_path, cli):
     """To the byte, as ``cmp`` compares: -0.0 aside, in the order of the tensors, too."""
     sparsity = "60%"
     source = save_pruned(tmp_path / "m", sparsity=sparsity, shard="40KB")
@@ -43,8 +42,7 @@ def test_there_and_back(tmp_path, capsys):
         save_file(tensors, path, {"format": "pt"})
     assert len(Checkpoint.open(source).files) > 1
     (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
-    assert main(["pack", str(source), str(tmp_path / "p")]) == 0
-    printed = capsys.readouterr().out
+    printed = cli("pack", source, tmp_path / "p").out
     report = pack(source, tmp_path / "q")
     assert report.operators == 21
     assert str(report) in printed
@@ -53,14 +51,13 @@ def test_there_and_back(tmp_path, capsys):
     for path in (tmp_path / "p").iterdir():
         assert path.read_bytes() == (tmp_path / "q" / path.name).read_bytes()
     assert PackedCheckpoint(tmp_path / "p").record["recipe"]["sparsity"] == sparsity
-    assert main(["unpack", str(tmp_path / "p"), str(tmp_path / "u")]) == 0
+    cli("unpack", tmp_path / "p", tmp_path / "u")
     for path in source.glob("*.safetensors"):
         assert (tmp_path / "u" / path.name).read_bytes() == path.read_bytes()
     assert json.loads((tmp_path / "u" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert (tmp_path / "u" / "fistapruner.json").exists()
     assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert main(["pack", str(source), str(tmp_path / "p")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in cli("pack", source, tmp_path / "p", status=2).err
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -93,30 +90,24 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
-def test_verbs_that_need_a_checkpoint_say_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_that_need_a_checkpoint_say_how_to_make_one(tmp_path, cli):
     pack(save_pruned(tmp_path / "m"), tmp_path / "p")
-    pairs, out = tmp_path / "pairs.jsonl", str(tmp_path / "out.gguf")
-    pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
-    more = {
-        "compare": ["--methods", "wanda", "--out", out],
-        "align": ["--data", str(pairs), "--out", out],
-        "export": [out],
-    }
+    pairs, out = tiny.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out.gguf"
+    more = {"compare": ["--methods", "wanda", "--out", out], "align": ["--data", pairs, "--out", out], "export": [out]}
     before = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     for verb in ("prune", "compare", "recover", "align", "export"):
-        assert main([verb, str(tmp_path / "p"), *more.get(verb, ["--out", out])]) == 2
-        assert f"'fistapruner unpack {tmp_path / 'p'} DIR'" in capsys.readouterr().err.splitlines()[-1]
+        said = cli(verb, tmp_path / "p", *more.get(verb, ["--out", out]), status=2).err
+        assert f"'fistapruner unpack {tmp_path / 'p'} DIR'" in said.splitlines()[-1]
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == before
 
 
-def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys):
+def test_pickles_are_packed_where_they_are_allowed(tmp_path, cli):
     source = save_pruned(tmp_path / "m", shard="40KB")
     pack(source, tmp_path / "expected")
     shutil.copytree(source, tmp_path / "legacy")
-    command = ["pack", str(pickle_weights(tmp_path / "legacy")), str(tmp_path / "p")]
-    assert main(command) == 2
-    assert "or trust them with --allow-pickle" in capsys.readouterr().err
-    assert main([*command, "--allow-pickle"]) == 0
+    command = ["pack", pickle_weights(tmp_path / "legacy"), tmp_path / "p"]
+    assert "or trust them with --allow-pickle" in cli(*command, status=2).err
+    cli(*command, "--allow-pickle")
     assert list(Checkpoint.open(tmp_path / "p").files) == list(Checkpoint.open(source).files)
     same_tensors(tmp_path / "expected", tmp_path / "p")
     same_tensors(source, unpack(tmp_path / "p", tmp_path / "u"))
@@ -198,7 +189,7 @@ def test_what_is_refused(tmp_path):
         (dense, "same", "no pruned operators"),
         (few, "same", "no operator becomes smaller without its zeros: a mask takes one bit"),
         (source, "int4", "int4"),
-        (packed, "same", "packed already"),
+        (packed, "same", "is packed: unpack it first"),
     ):
         with pytest.raises(FistaPrunerError, match=said):
             pack(given, tmp_path / "q", values=values)
@@ -231,9 +222,7 @@ def test_a_damaged_record_is_refused(tmp_path, record, message):
 
 def run_of(architecture: str, folder: Path, **settings: Any) -> Path:
     """The model of a pruning run."""
-    dense = tiny.save(architecture, folder / "dense", dtype=torch.bfloat16)
-    calibration = {"samples": 2, "seqlen": 16}
-    prune(dense, folder / "run", method="wanda", calibration=calibration, **{"sparsity": "2:4", **settings})
+    tiny.prune(folder, architecture, {"dtype": torch.bfloat16}, method="wanda", **{"sparsity": "2:4", **settings})
     return folder / "run" / "model"
 
 
@@ -266,7 +255,7 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
             torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_is_taken_where_its_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_taken_where_its_model_is(tmp_path: Path, cli: tiny.Cli) -> None:
     run = run_of("llama", tmp_path).parent
     assert str(pack(run, tmp_path / "p")) == str(pack(run / "model", tmp_path / "q"))
     again = prune(run, tmp_path / "again", method="wanda", sparsity="2:4", calibration={"samples": 2, "seqlen": 16})
@@ -274,6 +263,5 @@ def test_a_run_is_taken_where_its_model_is(tmp_path: Path, capsys: pytest.Captur
     assert len(load(tmp_path / "p").model.layers) == 3
     shutil.rmtree(run / "model")
     (run / "report.json").unlink()
-    for verb in ("pack", "prune"):
-        assert main([verb, str(run), *(["--out"] if verb == "prune" else []), str(tmp_path / "new")]) == 2
-        assert f"fistapruner resume {run}'" in capsys.readouterr().err
+    for command in (["pack", run], ["prune", run, "--out"]):
+        assert f"fistapruner resume {run}'" in cli(*command, tmp_path / "new", status=2).err

@@ -74,8 +74,7 @@ def begin(folder: Path, remove: str, batch_size: int = 8) -> tuple[Bypass, str]:
 @pytest.mark.parametrize(("architecture", "remove"), [("llama", "mlp=25%,heads=1"), ("gpt2", "mlp=25%")])
 def test_the_first_probabilities_come_from_what_a_unit_adds(tmp_path: Path, architecture: str, remove: str) -> None:
     """By transformers: the second layer is fed by the first with its worst units masked."""
-    layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
-    folder = tiny.save(architecture, tmp_path / "model", **{layers: 2})
+    folder = tiny.save(architecture, tmp_path / "model", num_hidden_layers=2)
     learning, layers_name = begin(folder, remove)
     slots, found = learning.slots, learning.first(3)
 

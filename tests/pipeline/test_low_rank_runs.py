@@ -1,10 +1,7 @@
 """Runs whose operators have a low-rank part: checkpoint and adapter are measured, packed and refused as one model."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -301,8 +298,8 @@ def test_a_packed_model_without_its_adapter_or_with_another_is_refused(
     with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
         fp.load(packed)
     (packed / "adapter" / lost).unlink()
-    for (verb, *more), status in ((["evaluate"], 2), (["unpack", tmp_path / "out"], 2), (["inspect"], 1)):
-        assert re.search(rf"{packed / 'adapter' / lost},? is gone", "".join(cli(verb, packed, *more, status=status)))
+    for verb, *more in (["evaluate"], ["unpack", tmp_path / "out"], ["inspect"]):
+        assert f"{packed / 'adapter' / lost}, is gone" in cli(verb, packed, *more, status=2).err
     adapter = LowRankAdapter.beside(run / "model")
     with pytest.raises(FistaPrunerError, match=r"of another model: .*mlp\.down_proj has factors .* has \[32, 64\]"):
         adapter.add_to(tiny.build("llama", intermediate_size=64, num_hidden_layers=2))

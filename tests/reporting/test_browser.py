@@ -4,8 +4,6 @@ Where ``$FISTAPRUNER_SCREENSHOTS`` names a folder, pictures of the pages go ther
 file ``axe.min.js`` of the npm package ``axe-core``, its rules are checked too.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os

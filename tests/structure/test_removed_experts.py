@@ -256,11 +256,9 @@ def test_several_processes_share_a_run(tmp_path: Path, architecture: str, struct
 def test_windows_at_a_time_change_the_rounding_only(tmp_path: Path) -> None:
     """Also where a batch has windows of both halves, which cross-validation tells apart."""
     folder = tiny.save("qwen3_moe", tmp_path / "model")
-    shares = []
+    shares, settings = [], {"structure": QUARTER, "propagate": "dense", "calibration": {**tiny.SMALL, "samples": 8}}
     for size in (1, 3):
-        calibration = {"source": "python", "samples": 8, "seqlen": 32}
-        settings: dict[str, Any] = {"execution": {"batch_size": size}, "calibration": calibration}
-        report = fp.prune(str(folder), tmp_path / str(size), structure=QUARTER, propagate="dense", **settings)
+        report = fp.prune(folder, tmp_path / str(size), **settings, execution={"batch_size": size})
         removals = [removal for layer in report.layers for removal in layer.removals]
         assert all(removal.validated_error is not None for removal in removals)
         shares.append([(removal.tokens, removal.shrink) for removal in removals])

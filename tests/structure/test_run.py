@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.cli import main
 from fistapruner.measure.inspection import inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.pruning.run import plan_pruning
@@ -243,19 +242,16 @@ def linear(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
 
 
-def test_a_run_speaks_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_speaks_of_shapes(tmp_path: Path, cli: tiny.Cli) -> None:
     folder, out = tiny.save("llama", tmp_path / "model"), tmp_path / "run"
     flags = ["--structure", "mlp=25%", "--set", "structure.multiple=4", "--calibration", "python"]
-    asked = ["prune", str(folder), "--out", str(out), *flags, "--samples", "4", "--seqlen", "32"]
-    assert main([*asked, "--plan"]) == 0
-    assert "36 of 48 MLP channels" in capsys.readouterr().out
-    assert main([*asked, "--evaluate", "none"]) == 0
-    said = capsys.readouterr().out
+    asked = ["prune", folder, "--out", out, *flags, "--samples", "4", "--seqlen", "32"]
+    assert "36 of 48 MLP channels" in cli(*asked, "--plan").out
+    said = cli(*asked, "--evaluate", "none").out
     assert "36 of 48 MLP channels" in said
     assert "operator weights are zero" not in said
     assert load_run(out).recipe["sparsity"] == "0%"
-    assert main(["inspect", str(out), "--quiet"]) == 0
-    assert "MLP channels: 48 -> 36 in 3 decoder layers" in capsys.readouterr().out
+    assert "MLP channels: 48 -> 36 in 3 decoder layers" in cli("inspect", out, "--quiet").out
 
 
 def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) -> None:
@@ -320,13 +316,10 @@ def test_layers_that_the_model_does_not_read_go_with_their_widths(tmp_path: Path
         (["--structure", "mlp=32", "--sparsity", "16:32", "--set", "allocation=error"], "48 inputs are not a multiple"),
     ],
 )
-def test_bad_input_is_refused_before_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
-) -> None:
+def test_bad_input_is_refused_before_work(tmp_path: Path, cli: tiny.Cli, flags: list[str], said: str) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     arguments = ["--calibration", "python", "--samples", "2", "--seqlen", "16", *flags]
-    assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *arguments]) != 0
-    assert said in capsys.readouterr().err
+    assert said in cli("prune", folder, "--out", tmp_path / "run", *arguments, status=2).err
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 

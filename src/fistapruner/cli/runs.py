@@ -219,8 +219,7 @@ def _train(arguments: argparse.Namespace, kind: Any, train: Callable[..., Any]) 
     from ..models.source import Permissions
     from ..training.run import plan_recovery
 
-    plan = plan_recovery(model, recipe, out, dense=dense, permissions=Permissions(**trust(arguments)))
+    plan = plan_recovery(model, recipe, out, dense, Permissions(**trust(arguments)))
     show(plan, arguments)
-    if plan.refusal:
-        raise FistaPrunerError(plan.refusal)
+    plan.check()
     return 0

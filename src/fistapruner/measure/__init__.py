@@ -6,10 +6,6 @@ two. ``inspection`` counts zeros and checks patterns, ``speed`` times decoding (
 for a finished run, continues a few prompts, and keeps all of that with the run.
 """
 
-from ..runs.records import Divergence, Evaluation, Perplexity, TaskResult
-
-__all__ = ["QUANTISE_FIRST", "Divergence", "Evaluation", "Perplexity", "TaskResult"]
-
 QUANTISE_FIRST = (
     "Where a smaller file is all you want, quantise first: at the same size 4 or 8 bits cost less quality in what was "
     "measured; a model without some of its channels (--structure) can be quantised, too ('fistapruner export')."

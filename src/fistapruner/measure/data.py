@@ -64,9 +64,6 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
             ``text`` leaves it where the tokenizer put it, once in front of the whole text, as the scripts of most
             papers do; ``none`` has no BOS; ``window`` has one in front of every window.
     """
-    for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1)):
-        if value is not None and (type(value) is not int or value < least):
-            raise FistaPrunerError(f"{name} {value!r} is out of range: a whole number, at least {least}")
     text, split, most = read_text(data)
     if most is not None:
         windows = min(windows or most, most)

@@ -218,7 +218,6 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         raise damaged(origin, f"its metadata {METADATA!r} must hold a version and operators")
     require_version(claim["version"], origin)
     specs: dict[str, OperatorSpec] = {}
-    owned: set[str] = set()
     for name, description in claim["operators"].items():
         fault = operator_fault(origin, name)
         spec = OperatorSpec.from_json(description, fault)
@@ -228,11 +227,6 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         for expected in spec.entries(name, values.shape[0]):
             if entries.get(expected.name) != expected:
                 raise fault(f"needs a tensor {expected.name!r} of {expected.dtype} {list(expected.shape)}")
-            if expected.name in owned:
-                raise fault(f"shares its tensor {expected.name!r} with another operator")
-            owned.add(expected.name)
-        if name in entries:
-            raise fault("is there both packed and dense")
         specs[name] = spec
     return specs
 

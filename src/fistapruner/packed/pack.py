@@ -29,7 +29,7 @@ from ..runs.directory import checkpoint_of
 from ..runtime.files import sha256_file, temporary_folder, write_json_atomic, write_text_atomic
 from ..runtime.numerics import dtype_name, undisturbed
 from ..runtime.show import Tick, silent, size
-from .checkpoint import PackedCheckpoint, is_packed
+from .checkpoint import PackedCheckpoint, is_packed, refuse_packed
 from .format import FLOATS, METADATA, VERSION, OperatorSpec, encode, pack_operator
 
 MIN_ZEROS_TO_PACK = 0.25
@@ -115,8 +115,7 @@ def pack(
     tick, out = progress or silent, out_path(out)
     source = Checkpoint.open(checkpoint_of(path_text("checkpoint", checkpoint, A_FOLDER)), allow_pickle)
     require_new(out, source.folder)
-    if (source.folder / PACKED_RECORD).exists():
-        raise FistaPrunerError(f"{source.folder} is packed already")
+    refuse_packed(source.folder)
     low_rank = LowRankAdapter.beside(source.folder)
     record = read_pruning_record(source.folder)
     plan = _plan(source, record, values, tick)
@@ -124,17 +123,18 @@ def pack(
         plan |= _plan_tables(source, plan)
     report = _report(source, plan, 0 if low_rank is None else low_rank.nbytes)
     with checkpoint_folder(out, report.packed_total) as partial:
-        files: dict[str, dict[str, Any]] = {}
         contents, done = {}, count(1)
         for stored, file in source.files.items():
             name = safetensors_name(stored)
             packed = lambda: tick("operators packed", next(done), len(plan))  # noqa: E731
             contents[name] = _pack_file(partial / name, file, plan, packed)
-            tick("computing checksums", 0, 1)
-            files[name] = _claim(partial / name)
         if low_rank is not None:
             low_rank.copy_into(partial)
-            files |= {name: _claim(partial / name) for name in FILES}
+        tick("computing checksums", 0, 1)
+        files = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            for name in (*contents, *(FILES if low_rank is not None else ()))
+        }
         copy_companions(source, partial)
         section = {"quant_method": QUANT_METHOD, "version": VERSION}
         config = {**source.config, "quantization_config": section, "transformers_weights": NEEDS_PACKAGE}
@@ -279,11 +279,6 @@ def _report(source: Checkpoint, plan: Mapping[str, _Planned], low_rank: int) -> 
     zeros = 1 - sum(item.stored for item in pruned) / sum(math.prod(item.spec.shape) for item in pruned)
     total = source.nbytes - before - tables[0] + after + tables[1] + low_rank
     return PackReport(len(pruned), zeros, before, after + low_rank, source.nbytes, total, tables, low_rank)
-
-
-def _claim(path: Path) -> dict[str, Any]:
-    """Describe a written file, as ``packed.json`` lists it."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _pack_file(

@@ -86,10 +86,7 @@ def register() -> None:
 
 def _before_loading(loader: Any, model: Any, checkpoint_files: Any, device_map: Any) -> None:
     """Prepare a model and its loader, before transformers loads the ordinary tensors."""
-    if not checkpoint_files:
-        raise FistaPrunerError("a packed model is loaded from its folder")
-    folder = Path(checkpoint_files[0]).parent
-    loader.source = source = PackedCheckpoint(folder)
+    loader.source = source = PackedCheckpoint(Path(checkpoint_files[0]).parent)
     loader.validate_environment(device_map=device_map)
     loader.found = stored_names(model, source.names())
     loader.pending = _pending(model, source, loader.found)

@@ -52,15 +52,13 @@ def model_card(report: Report) -> str:
     return _card(_metadata(report), body)
 
 
-def plain_card(license_name: str | None, title: str, text: str, recipe: Mapping[str, Any] | None = None) -> str:
-    """Write the card of a model that no run has made: its title, how it was made, and the recipe."""
+def plain_card(license_name: str | None, title: str, text: str) -> str:
+    """Write the card of a model that no run has made: its title, and how it was made."""
     body = f"""# {title}
 
 fistapruner {text}. Nothing was measured since; `fistapruner evaluate` does it, and `fistapruner inspect` counts the
 zeros and lists how the model was made.
 """
-    if recipe:
-        body += f"\nRecipe:\n\n{code_block(yaml_text(public_recipe(recipe)), 'yaml')}\n"
     return _card({"license": license_name, "tags": TAGS}, body)
 
 

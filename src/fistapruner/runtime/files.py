@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import FistaPrunerError, one_line
+from ..errors import FistaPrunerError
 from .show import size
 
 PARTIAL = ".partial"
@@ -119,10 +119,7 @@ def remove_folder(folder: Path) -> None:
 
 def temporary_folder() -> TemporaryDirectory[str]:
     """Make a folder in the system's place for temporary ones; as a context manager it removes it."""
-    try:
-        return TemporaryDirectory(prefix="fistapruner-")
-    except OSError as error:
-        raise FistaPrunerError(f"no temporary folder can be written ({one_line(error)}): set TMPDIR") from None
+    return TemporaryDirectory(prefix="fistapruner-")
 
 
 @contextmanager

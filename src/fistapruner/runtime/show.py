@@ -142,10 +142,10 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
     return f"{text} ± {error:,.{digits}f}" if known else text
 
 
-def percent_with_error(share: float | None, error: float | None, digits: int = 1) -> str:
+def percent_with_error(share: float | None, error: float | None) -> str:
     """Format a share in percent, without the sign, with its error: ``52.0 ± 1.0``."""
     value, spread = (None if part is None else 100 * part for part in (share, error))
-    return with_error(value, spread, digits)
+    return with_error(value, spread, 1)
 
 
 def p_value(value: float) -> str:

@@ -31,8 +31,6 @@ from .recovery import Recovery, find_input
 LOWEST_REWARD = -1.0
 """Mean reward of the chosen answers below which a warning says that they have become less likely."""
 
-RESULT = "aligned"
-
 
 class Alignment(Recovery):
     """A run of ``align``; what is not said here is as in :class:`.Recovery`."""
@@ -46,7 +44,6 @@ class Alignment(Recovery):
     text: Pairs
 
     def resolved(self) -> AlignRecipe:
-        """See :class:`.Recovery`."""
         recipe = self.recipe
         if recipe.data.pairs is not None:
             read_pairs(recipe.data.pairs)
@@ -85,11 +82,9 @@ class Alignment(Recovery):
         }
 
     def order(self) -> Tensor:
-        """See :class:`.Recovery`."""
         return pair_order(self.text, self.decision.steps, self.recipe.pairs_per_step, self.recipe.data.seed)
 
     def objective(self, run: Any, windows: Tensor) -> Objective:
-        """See :class:`.Recovery`."""
         recipe, references, teacher = self.recipe, None, None
         if recipe.loss in PREFERENCE_LOSSES:
             _, stacked, weights = self._weighed(self.references())
@@ -182,7 +177,7 @@ class Alignment(Recovery):
             test_pairs=len(places),
             left_out=next(iter(text.facts["tasks"].values()))["too_long"],
             references=dict(zip(names, shares, strict=True)) if recipe.resolved_references else {},
-            test=preference_figures({**models, RESULT: own}, text.marks[windows].sum(1).view(-1, 2), RESULT),
+            test=preference_figures({**models, "aligned": own}, text.marks[windows].sum(1).view(-1, 2), "aligned"),
             reward_accuracy=float(mrpo.accuracy(margins)),
             reward_accuracy_error=accuracy_error(margins),
             **{name: mean for name, (mean, _) in means.items()},

@@ -179,25 +179,24 @@ def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
 @torch.no_grad()
 def held_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Find the weights to hold, linear ones and experts in numbered layers: by name, module and key."""
-    found, copied = {}, _copied(model)
+    found, copied, fault = dict[str, tuple[nn.Module, str]](), _copied(model), None
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():
             name = f"{prefix}.{key}"
             linear = isinstance(module, (nn.Linear, Conv1D)) and key == "weight"
-            held = re.search(r"(^|\.)\d+\.", name) and (linear or holds_experts(module, name, parameter))
-            if held and parameter.is_floating_point():
-                if parameter.is_meta:
-                    raise FistaPrunerError(
-                        f"{name} has no values on this process (meta device): switch fsdp_cpu_ram_efficient_loading "
-                        "off, or call hold_mask after accelerator.prepare"
-                    )
-                if MIN_ZEROS <= int(whole((parameter == 0).sum())) / parameter.numel() < 1.0:  # over all processes
-                    found[name] = module, key
-    if not found:
-        raise FistaPrunerError(
-            f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to hold "
-            "(packed weights must be unpacked first; quantised ones are not trained)"
-        )
+            held = parameter.is_floating_point() and re.search(r"(^|\.)\d+\.", name)
+            if not held or not (linear or holds_experts(module, name, parameter)):
+                continue
+            if parameter.is_meta:
+                told = "switch fsdp_cpu_ram_efficient_loading off, or call hold_mask after accelerator.prepare"
+                fault = fault or f"{name} has no values on this process (meta device): {told}"
+            elif MIN_ZEROS <= int(whole((parameter == 0).sum())) / parameter.numel() < 1.0:  # over all processes
+                found[name] = module, key
+    if not found and fault is None:
+        fault = f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to "
+        fault += "hold (packed weights must be unpacked first; quantised ones are not trained)"
+    if fault is not None:
+        raise FistaPrunerError(fault)
     return found
 
 

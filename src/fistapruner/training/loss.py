@@ -207,10 +207,7 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None, reduce: Reduce | None = None) -> Tensor:
-        """Compute the (windows,) fp64 losses, sums over what is counted.
-
-        ``run`` and ``reduce`` replace the own.
-        """
+        """Compute the (windows,) fp64 sums of losses; ``run`` and ``reduce`` replace the own."""
         found = torch.zeros(len(windows), dtype=torch.float64)
         for places, batch in self._batches(windows):
             found[places] = (reduce or self._reduce)(self._hidden(batch, run or self.run), batch)

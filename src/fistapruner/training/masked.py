@@ -111,8 +111,8 @@ class TrainedLayer(nn.Module):
 
     Attributes:
         forms: of all trained tensors, as ``pruned`` has them; vectors are trained as they are.
-        masters: by key; ``keys``: those of each tensor, by its name inside the layer and their short names; ``names``:
-            unique ones, by key; ``masked``: keys of those whose zeros are kept by masking gradients.
+        masters: by key, a unique name with ``/`` for its dots; ``keys``: those of each tensor, by its name inside the
+            layer and their short names; ``masked``: keys of those whose zeros are kept by masking gradients.
     """
 
     def __init__(
@@ -128,14 +128,13 @@ class TrainedLayer(nn.Module):
         self.layer, self.pruned, self._low_rank = model.layers[index], set(pruned), low_rank
         self.forms = {**pruned, **dict.fromkeys(sorted(vectors(self.layer)) if also else (), (Form(), False))}
         self._full = {name: model.full_name(index, name) for name in pruned}
-        self.masters, self.keys, self.names = nn.ParameterDict(), dict[str, dict[str, str]](), dict[str, str]()
+        self.masters, self.keys = nn.ParameterDict(), dict[str, dict[str, str]]()
         for name, (form, _) in self.forms.items():
             source, start = model.source_of(index, name), self.layer.get_parameter(name).detach().float()
             self.keys[name] = {}
             for short, master in form.start(self.matrix(name, start), seeded(seed, "start", source)).items():
-                self.keys[name][short] = key = f"{name}/{short}".replace(".", "/")
+                self.keys[name][short] = key = (f"{source}.{short}" if short else source).replace(".", "/")
                 self.masters[key] = nn.Parameter(master.contiguous())
-                self.names[key] = f"{source}.{short}" if short else source
         self.masked = {self.keys[name][ITSELF] for name in pruned if ITSELF in self.keys[name]}
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
@@ -267,7 +266,7 @@ class Trained(Masters):
         self.model, self.layers, self.numbers = model, list[TrainedLayer](), 0
         part, form = None if low_rank is None else low_rank.loaded(model.device), form_of(recipe)
         typical = form.rate(model.width) if form else None
-        parameters, rates, masked = dict[str, nn.Parameter](), dict[str, float](), list[str]()
+        parameters, rates, masked = dict[str, nn.Parameter](), dict[str, float](), set[str]()
         for index in range(len(model)):
             prepare(index)
             layer = trained_layer(model, layout, index, recipe, part)
@@ -276,11 +275,11 @@ class Trained(Masters):
                 own = layer.forms[name][0].rate(columns)
                 for key in keys.values():
                     master = layer.masters[key].detach()
-                    rates[layer.names[key]] = first_rate(recipe, own, typical, master)
+                    rates[key] = first_rate(recipe, own, typical, master)
                     self.numbers += int((master != 0).sum()) if key in layer.masked else master.numel()
             shard(layer)  # which replaces the parameters
-            parameters |= {full: layer.masters[key] for key, full in layer.names.items()}
-            masked += [layer.names[key] for key in layer.masked]
+            parameters |= dict(layer.masters.items())
+            masked |= layer.masked
             self.layers.append(layer)
         super().__init__(parameters, rates, masked, descent_of(recipe))
 

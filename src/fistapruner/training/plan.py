@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 
+from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
 from ..runtime.devices import free_device_memory, free_memory, release_memory, resident_memory
@@ -70,6 +71,11 @@ class Plan:
             self.refusal = (
                 f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
             )
+
+    def check(self) -> None:
+        """Refuse a run that cannot work."""
+        if self.refusal is not None:
+            raise FistaPrunerError(self.refusal)
 
     def __str__(self) -> str:
         again = "decoder layers run twice, " if self.checkpointing else ""

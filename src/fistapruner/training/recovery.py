@@ -124,7 +124,7 @@ class Recovery:
         source, dense_source, dense: of a run that is settled, the files of both models, and the opened dense model;
             None where it is not known, or not found under the name ``named``.
         claims: sparsity of the operators to train, by full name; ``zeros`` counts those of all operators.
-        decision, fingerprint, text, low_rank: of an opened run.
+        decision, fingerprint, text, low_rank: of an opened run; ``passes``: arguments of its objectives.
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
@@ -297,8 +297,7 @@ class Recovery:
 
     def write(self) -> None:
         """Cut the text, and write it, ``recipe.yaml`` and ``run.json``; a run that does not fit is refused."""
-        if self.plan.refusal:
-            raise FistaPrunerError(self.plan.refusal)
+        self.plan.check()
         self.listener.say(str(self.plan))
         request, run, recipe, model = self.request, self.run, self.recipe, self.model
         text = self.text or self.cut()
@@ -343,6 +342,7 @@ class Recovery:
         run, request = self.run, self.request
         record, self.text = run.begun_record(), run.text()
         self.decision = decision = record.decision
+        self.passes: Any = {"batch_size": decision.numerics.batch_size, "checkpointing": decision.checkpointing}
         recipe = self.settings.build(record.recipe, str(run.run_file))
         self.recipe = recipe = recipe.model_copy(update={"execution": request.recipe.execution})
         same = self.text and sha256_file(run.text_file) == decision.windows_sha256
@@ -454,11 +454,6 @@ class Recovery:
             what=self.progress,
             agree=world.tell,
         )
-
-    @property
-    def passes(self) -> dict[str, Any]:
-        """Arguments of an objective: windows in one pass, and whether decoder layers run twice."""
-        return {"batch_size": self.decision.numerics.batch_size, "checkpointing": self.decision.checkpointing}
 
     def teacher(self, windows: Sequence[int]) -> Teacher:
         """Return the dense model's predictions of some windows, cached."""

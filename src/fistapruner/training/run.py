@@ -16,7 +16,7 @@ from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
 from ..measure.run import measure
 from ..models.operators import Operator
 from ..models.record import read_pruning_record
-from ..models.source import UNTRUSTED, Permissions
+from ..models.source import Permissions
 from ..papers.mezo import ForwardOnly
 from ..pruning import write
 from ..reporting.facts import length_setting
@@ -102,18 +102,10 @@ def align(
     return recover(model, out, recipe=AlignRecipe.of(recipe), **arguments)
 
 
-def plan_recovery(
-    model: str | Path,
-    recipe: TrainingRecipe,
-    out: str | Path = ".",
-    *,
-    dense: str | Path | None = None,
-    permissions: Permissions = UNTRUSTED,
-) -> Plan:
+def plan_recovery(model: str, recipe: TrainingRecipe, out: str, dense: str | None, permissions: Permissions) -> Plan:
     """Predict what training a pruned model will need; arguments as for :func:`recover`."""
     refuse_out(folder := out_path(out))
-    run, named = TrainingDirectory(folder, recipe.verb), None if dense is None else str(dense)
-    request = Request(run, str(model), recipe, named, permissions, evaluate=None)
+    request = Request(TrainingDirectory(folder, recipe.verb), model, recipe, dense, permissions, evaluate=None)
     return KINDS[recipe.verb](request, Listener()).settle()
 
 
