@@ -43,7 +43,7 @@ def auto_class(config: Any) -> Any:
 
 
 def auto_class_name(known: str) -> str:
-    """Return the name of :func:`auto_class`, by ``model_type`` or the name of a model class of ``transformers``.
+    """Return the name of :func:`auto_class`, by ``model_type`` or the name of a model class.
 
     That is ``AutoModelForImageTextToText`` for a model of images and text that is no causal language model besides,
     and ``AutoModelForCausalLM`` for all others.

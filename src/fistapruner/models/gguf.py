@@ -85,7 +85,7 @@ def _value(reader: Any, key: str, default: Any) -> Any:
 
 
 def _fault(reader: Any) -> str | None:
-    """Say what ``transformers`` does not read of a file: other parts, scaled rotary positions, or the split of text."""
+    """Say what ``transformers`` does not read: other parts, scaled rotary positions, a split of text."""
     from gguf import dequantize
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

@@ -41,7 +41,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def sum_of_parts(sparse: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
-    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, on the device of all."""
+    """Add an operator's low-rank part to its sparse part (m, n), or ``transposed``: fp32, on its device."""
     with exact_products():
         product = b.float() @ a.float()
     return sparse.float() + (product.T if transposed else product)
