@@ -1,7 +1,5 @@
 """Processes that are forked from one server, which has imported PyTorch: each then starts in milliseconds."""
 
-from __future__ import annotations
-
 import multiprocessing
 
 FORKS = multiprocessing.get_context("forkserver")

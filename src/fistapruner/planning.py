@@ -197,7 +197,7 @@ class Bound:
         itemsize, stored = model.dtype.itemsize, checkpoint.dtype.itemsize
         self.window = self.seqlen * model.width * itemsize
         weights = [layout.weights(index) for index in layers]  # what a layer's file has, at most
-        if widths is not None:
+        if widths.units:
             weights = [model.pass_bytes(names) // itemsize for names in sources]
         low_rank = recipe.low_rank * sum(operator.rows + operator.columns for _, operator in layout.operators())
         self.done = stored * (max(weights) + low_rank)
@@ -220,7 +220,7 @@ class Bound:
     def _count_layer(self, index: int) -> None:
         """Count what the groups of a layer need, and the values of a window that are stored inside of it."""
         recipe, layout, groups = self.recipe, self.layout, self.layout.layers[index]
-        units, solved = self.context.units(index), self.context.solved(index)
+        units, solved = self.context.widths.channels(index), self.context.solved(index)
         told = drift_sources(self.context, index, same=recipe.propagate == "dense")
         cut = [groups[number] for number in self.context.fitted(index)]
         found = [self._cut(group) for group in (*cut, *((unit.consumer,) for unit in units))]
@@ -288,7 +288,7 @@ class Bound:
         if recipe.reconstruct:
             trained = RECONSTRUCTION * self.layout.weights(self.heaviest) + self.layer + 3 * self.metric
             found["block reconstruction"] = loaded + trained + self.backward + 4 * self.window
-        if self.context.widths is not None:
+        if self.context.widths.units:
             # The smaller layer is proven beside the dense one; bypass learns on longer batches.
             windows = max(batch, -(-SEQUENCES * LENGTH // self.seqlen) * (recipe.structure.method == "bypass"))
             found["removing structure"] = 4 * self.layer + windows * passing // batch

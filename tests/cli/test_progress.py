@@ -1,7 +1,5 @@
 """Long passes before and after the walk through the decoder layers say how far they are, now and then."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The speed measurement: what it returns, not how fast anything is."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

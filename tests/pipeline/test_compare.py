@@ -1,7 +1,5 @@
 """The comparison: how methods are named, one protocol for all rows, going on where it stopped."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -3,8 +3,6 @@
 Where ``$FISTAPRUNER_AXE`` names the file ``axe.min.js`` of the npm package ``axe-core``, its rules are checked too.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os

@@ -1,7 +1,5 @@
 """The facts of a run, and their three renderers: terminal text, model card, page."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """report.json, layer files and status: read back what was written, say what is wrong with what was not."""
 
-from __future__ import annotations
-
 import json
 import math
 from datetime import UTC, datetime, timedelta

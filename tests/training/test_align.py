@@ -1,7 +1,5 @@
 """Alignment from end to end: every zero kept bit for bit, preferences measured, told in report and lineage."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

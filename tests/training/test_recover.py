@@ -1,7 +1,5 @@
 """Recovery from end to end: every zero kept bit for bit, never worse on held-out text, told in report and lineage."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

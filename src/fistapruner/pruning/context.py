@@ -35,7 +35,6 @@ from ..settings.prune import Recipe
 from ..settings.train import TrainingRecipe
 from ..structure.experts import fewer_experts
 from ..structure.smaller import Widths, resized
-from ..structure.units import Unit
 
 log = logging.getLogger("fistapruner")
 
@@ -49,24 +48,16 @@ class LayerContext:
     Args:
         layout: the operators to prune, in the shapes that they are to have.
         sparsity: pattern of every operator, by full name.
-        widths: whose channels and experts are removed, and how many stay; None where all of them do.
+        widths: whose channels and experts are removed, and how many stay.
     """
 
     model: LayerwiseModel
     layout: Layout
     recipe: Recipe
     sparsity: Mapping[str, Constraint]
-    widths: Widths | None = None
+    widths: Widths = field(default_factory=Widths)
     calls: Calls = field(default_factory=lambda: Calls(0, {}))
     scratch: Store = field(kw_only=True)
-
-    def units(self, index: int) -> tuple[Unit, ...]:
-        """Return the channels of decoder layer ``index`` that are removed."""
-        return () if self.widths is None else self.widths.channels(index)
-
-    def mixtures(self, index: int) -> tuple[Unit, ...]:
-        """Return the mixtures of decoder layer ``index`` that lose experts."""
-        return () if self.widths is None else self.widths.mixtures(index)
 
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""
@@ -78,7 +69,7 @@ class LayerContext:
         return [
             number
             for number, group in enumerate(layout.layers[index])
-            if self.widths is None
+            if not self.widths.units
             or any(sparsity[layout.full_name(index, each)].zeros(each.rows, each.columns) for each in group)
         ]
 
@@ -87,7 +78,7 @@ class LayerContext:
         groups = [{operator.name for operator in group} for group in self.layout.layers[index]]
         return Counter(
             number
-            for unit in self.units(index)
+            for unit in self.widths.channels(index)
             for number, names in enumerate(groups)
             if not names.isdisjoint(unit.producers)
         )
@@ -200,14 +191,11 @@ class RunContext(LayerContext):
             raise FistaPrunerError(
                 f"{folder}: the model or the calibration tokens are not those the run began with; name another --out"
             )
-        layout, widths = discover(opened).select(recipe), None
-        if decision.structure is not None:
-            widths = Widths.read(decision.structure)
-            layout = resized(layout, widths)
+        widths = Widths() if decision.structure is None else Widths.read(decision.structure)
         on_device = decision.on_device and opened.device.type == "cuda"
         return cls(
             model=opened,
-            layout=layout,
+            layout=resized(discover(opened).select(recipe), widths),
             recipe=recipe,
             sparsity=decision.sparsity,
             widths=widths,
@@ -258,7 +246,7 @@ class RunContext(LayerContext):
             if streams.pruned_out is not None:
                 with ExitStack() as loaded:
                     layer = loaded.enter_context(self.model.layer(index, self._journaled(index)))
-                    for unit in self.mixtures(index):
+                    for unit in self.widths.mixtures(index):
                         loaded.enter_context(fewer_experts(layer, unit))
                     run_layer(self.model, index, streams.seen, self.calls, output=streams.pruned_out)
 

@@ -58,7 +58,7 @@ def drift_sources(context: LayerContext, index: int, *, same: bool) -> dict[int,
     recipe, layout, groups = context.recipe, context.layout, context.layout.layers[index]
     if not recipe.dense_share:
         return {}
-    consumers, solved = {unit.name for unit in context.units(index)}, context.solved(index)
+    consumers, solved = {unit.name for unit in context.widths.channels(index)}, context.solved(index)
     cut = [number for number, (first, *_) in enumerate(groups) if first.name in consumers and not first.experts]
     narrowed, fitted = context.narrowed(index), context.fitted(index)
 

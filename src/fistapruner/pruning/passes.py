@@ -46,7 +46,7 @@ class LayerPasses:
         self.layer, self.groups = self.model.layers[index], context.layout.layers[index]
         self.solved = context.solved(index)
         """Numbers of the groups that are solved."""
-        recipe, units = self.recipe, context.units(index)
+        recipe, units = self.recipe, context.widths.channels(index)
         numbers = {operator.name: number for number, group in enumerate(self.groups) for operator in group}
         touched = {unit.name: {numbers[name] for name in unit.names if name in numbers} for unit in units}
         self._touched = set[int]().union(*touched.values())
@@ -147,7 +147,7 @@ class LayerPasses:
         first: dict[str, int] = {}
         for place, group in enumerate(self.groups):
             first.setdefault(group[0].experts, place if self._corrects else 0)
-        return [mixture for mixture in self.context.mixtures(self.index) if first[mixture.name] == number]
+        return [mixture for mixture in self.context.widths.mixtures(self.index) if first[mixture.name] == number]
 
     def sums_of(self, number: int) -> ProblemSums:
         """Hand over the sums of group ``number``, from a pass with the groups before it pruned.

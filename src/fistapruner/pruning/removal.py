@@ -33,7 +33,7 @@ def remove_channels_of(passes: LayerPasses, number: int) -> float:
     The result receives the report's entry of the operator, too, if that gets no zeros afterwards.
     """
     context, settings, measures, result = passes.context, passes.recipe.structure, passes.measures, passes.result
-    unit = next(unit for unit in context.units(passes.index) if unit.name == passes.groups[number][0].name)
+    unit = next(unit for unit in context.widths.channels(passes.index) if unit.name == passes.groups[number][0].name)
     name = context.layout.full_name(passes.index, unit.name)
     importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
     known, chosen = _choose(passes, number, unit, measures.scores.get(name))

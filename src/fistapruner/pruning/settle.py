@@ -135,7 +135,7 @@ def open_operators(source: ModelSource, recipe: Recipe, dtype: str | None = None
     sparsity = choose_patterns(recipe, smaller)
     scratch = scratch_factory(None, model.dtype)
     context = LayerContext(model, smaller, recipe, sparsity, widths, scratch=scratch)
-    if widths is None:
+    if not widths.units:
         return Inputs(source, layout, context)
     warnings = tuple(_losses(model, recipe, widths))
     return Inputs(source, layout, context, warnings, (_removed(model, widths), *warnings))
@@ -169,11 +169,11 @@ def choose_patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
 
 def change_widths(
     model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
-) -> tuple[Layout, Widths | None]:
+) -> tuple[Layout, Widths]:
     """Decide the widths of the result: the operators in new shapes, and whose channels are removed."""
     structure, fault = recipe.structure, None
     if structure.remove is None:
-        return layout, None
+        return layout, Widths()
     widths = plan_widths(model, layout, structure, trust_remote_code=permissions.trust_remote_code)
     units = [(index, unit) for index in range(len(model)) for unit in widths.channels(index)]
     if structure.method in ("goa", "bypass") and any(unit.kind == EXPERT for _, unit in units):
@@ -243,7 +243,7 @@ def _check_inputs(run: PruneDirectory, request: Request, listener: Listener, dty
     check_model(model)
     for sentence in inputs.notes:
         listener.say(sentence)
-    if inputs.context.widths is None and not any(pattern.fraction for pattern in recipe.patterns):
+    if not inputs.context.widths.units and not any(pattern.fraction for pattern in recipe.patterns):
         listener.say("sparsity 0% and no structure: no weight becomes zero")
     shape = recipe.calibration.samples, calibration_length(recipe.calibration, model)
     if request.drawn is not None and request.drawn[0].shape != shape:
@@ -328,7 +328,7 @@ def settle(
             calibration_sha256=text,
             metrics_sha256=sha256_file(run.metrics_file) if run.metrics_file.is_file() else None,
             seconds=seconds,
-            structure=inputs.context.widths and inputs.context.widths.record(),
+            structure=inputs.context.widths.record() if inputs.context.widths.units else None,
         ),
     )
     run.write_record(record, recipe.to_yaml())
@@ -362,7 +362,7 @@ def _measure(
     model, recipe, widths = inputs.model, inputs.context.recipe, inputs.context.widths
     scores, found = dict[str, Tensor](), Decision()
     try:
-        if recipe.structure.method == "bypass" and widths is not None:
+        if recipe.structure.method == "bypass":
             steps, seed = recipe.structure.steps, recipe.seed
             learning = Bypass(model, widths.units, tokens, steps, seed, store, listener, SEQUENCES)
             learned = learning.learn(run.bypass_file, windows_measured(len(tokens)), {"identity": identity})

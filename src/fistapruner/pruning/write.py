@@ -63,13 +63,10 @@ class ChangedTensors:
         """Collect them of a run whose layers are all journaled."""
         checkpoint, widths, journal = context.model.checkpoint, context.widths, context.run.journal
         places = {name: file for file in map(journal.weights, range(len(context.model))) for name in file.entries}
-        dropped: set[str] = set()
         cut: dict[str, tuple[int, ...]] = {}
-        stacked: dict[str, tuple[int, ...]] = {}
-        if widths is not None:
-            dropped, stacked = dropped_tensors(context.model, widths)
-            dropped |= set(unread_tensors(context.model, widths))
-        for name, file in places.items() if widths is not None else ():
+        dropped, stacked = dropped_tensors(context.model, widths)
+        dropped |= set(unread_tensors(context.model, widths))
+        for name, file in places.items() if widths.units else ():
             shape, stack = file.entries[name].shape, checkpoint.stack_of(name)
             if shape == checkpoint.entry(name).shape:
                 continue
@@ -135,7 +132,7 @@ def write(
         replacement=changed.replacement,
         shapes=changed.shapes,
         dropped=changed.dropped,
-        config_changes=None if context.widths is None else changed_config(model, context.widths),
+        config_changes=changed_config(model, context.widths) if context.widths.units else None,
     )
     run.write_report(report)
     return report
@@ -166,7 +163,7 @@ def _widths(context: RunContext, record: Mapping[str, Any]) -> list[dict[str, An
         for entry in (listed if isinstance(listed, list) else ())
         if isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("layer", "unit"))
     }
-    for index, units in enumerate(context.widths.units if context.widths else ()):
+    for index, units in enumerate(context.widths.units):
         layer, own = f"{context.layout.layers_name}.{index}", dict[str, dict[str, Any]]()
         for unit in units:
             before = found.pop((layer, unit.kind), {}).get("before", unit.before)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -24,10 +25,13 @@ PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 
 @dataclass(frozen=True)
 class Widths:
-    """What is removed from each decoder layer, and the change of ``config.json``, a JSON merge patch."""
+    """What is removed from each decoder layer, and the change of ``config.json``, a JSON merge patch.
 
-    units: Units
-    config: Mapping[str, Any]
+    Without ``units`` nothing is removed.
+    """
+
+    units: Units = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Widths:
@@ -41,18 +45,18 @@ class Widths:
 
     def channels(self, index: int) -> tuple[Unit, ...]:
         """Return the channels and groups that decoder layer ``index`` loses."""
-        return tuple(unit for unit in self.units[index] if unit.reader is not None)
+        return tuple(unit for unit in chain(*self.units[index : index + 1]) if unit.reader is not None)
 
     def mixtures(self, index: int) -> tuple[Unit, ...]:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
-        return tuple(unit for unit in self.units[index] if unit.kind == EXPERTS)
+        return tuple(unit for unit in chain(*self.units[index : index + 1]) if unit.kind == EXPERTS)
 
 
-def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
+def removed_weights(model: LayerwiseModel, widths: Widths) -> int:
     """Count the parameters that are removed from a model."""
     return sum(
         (unit.before - unit.after) * unit.weights(layer)
-        for layer, units in zip(model.layers, () if widths is None else widths.units, strict=widths is not None)
+        for layer, units in zip(model.layers, widths.units, strict=True)
         for unit in units
     )
 
@@ -101,7 +105,7 @@ def dropped_tensors(model: LayerwiseModel, widths: Widths) -> tuple[set[str], di
     return dropped, shapes
 
 
-def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
+def unread_tensors(model: LayerwiseModel, widths: Widths) -> list[str]:
     """List the stored tensors of layers that the model does not read and the changed config does not fit.
 
     Such are layers of multi-token prediction: ``mtp.layers.0``, or one more decoder layer. The config gives them the
@@ -109,7 +113,7 @@ def unread_tensors(model: LayerwiseModel, widths: Widths | None) -> list[str]:
     """
     checkpoint = model.checkpoint
     cut = set()
-    for index, units in enumerate(() if widths is None else widths.units):
+    for index, units in enumerate(widths.units):
         for stored in (model.source_of(index, name) for unit in units for name in unit.cuts):
             if (found := LAYER.fullmatch(stored)) and len(shape := checkpoint.entry(stored).shape) > 1:
                 cut.add((found[2], shape))
