@@ -1,16 +1,8 @@
 """Processes that are forked from one server, which has imported PyTorch: each then starts in milliseconds."""
 
-from __future__ import annotations
-
 import multiprocessing
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "fistapruner.pruning.run",
-        "fistapruner.training.run",
-        "fistapruner.measure.speed",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.gpt2.modeling_gpt2",
-    ]
-)
+MODULES = ["fistapruner.pruning.run", "fistapruner.training.run", "fistapruner.measure.speed"]
+MODULES += ["transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"]
+FORKS.set_forkserver_preload(MODULES)

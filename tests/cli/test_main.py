@@ -1,7 +1,5 @@
 """The command line: output that nobody reads, and messages for what is mistyped."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

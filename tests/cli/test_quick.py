@@ -1,7 +1,5 @@
 """Quick verbs answer without torch and transformers; lazily imported names are complete."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

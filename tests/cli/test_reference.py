@@ -1,7 +1,5 @@
 """Settings are described once, on their fields; command line and reference page follow."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from importlib import import_module

@@ -1,7 +1,5 @@
 """A tiny model, a run of it that nothing happened to, and the warm process that the faulty ones are forked from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

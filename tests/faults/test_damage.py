@@ -1,7 +1,5 @@
 """Layer files and records that are torn, damaged, swapped or of another run are found and made again, never trusted."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

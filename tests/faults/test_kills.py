@@ -1,7 +1,5 @@
 """A run that is killed at any instant goes on with the same command and ends with the same bytes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run of the small real model, killed three times and resumed, ends with the bytes of one that nothing stopped."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

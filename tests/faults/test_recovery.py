@@ -1,7 +1,5 @@
 """A recovery or alignment that is killed, torn, damaged or starved at any instant ends with the same bytes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Two processes on one run directory: the second is refused while the first lives, and takes over when it is dead."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

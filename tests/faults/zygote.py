@@ -15,8 +15,6 @@ Faults, all optional:
         interrupt                Ctrl-C
 """
 
-from __future__ import annotations
-
 import errno
 import gc
 import json

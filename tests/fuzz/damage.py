@@ -1,7 +1,5 @@
 """Damage to bytes and to JSON values, as hypothesis strategies that shrink to the smallest damage."""
 
-from __future__ import annotations
-
 import json
 import os
 import struct

@@ -1,8 +1,6 @@
 """Damaged recipes, layer journals and training states: a clean error or a valid recipe; layers and states that are
 trusted only when they are whole."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Damaged safetensors files and indexes: a clean error, or exactly what the reference library reads."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -3,8 +3,6 @@
 The files are looked for in ``$FISTAPRUNER_DATA`` (``zero_shot/*.jsonl``).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

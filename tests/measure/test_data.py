@@ -1,7 +1,5 @@
 """Texts become windows by the papers' protocol."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """fistapruner inspect: exact patterns are found, true claims hold, false ones are caught."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Numbers from logits, against their definitions."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

@@ -1,7 +1,5 @@
 """Streamed perplexity against an independent implementation and against lm-eval, on the same windows."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

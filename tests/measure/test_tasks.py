@@ -1,7 +1,5 @@
 """Zero-shot tasks: paired statistics, local files, and agreement with lm-eval run by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """A finished model knows its lineage: the dense model, then every run, with command, settings and figures."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs whose operators have a low-rank part: checkpoint and adapter are measured, packed and refused as one model."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Figures that are measured after a run go into its report, its page and its model card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The run directory: nothing of others is removed, damage is mended, another run is refused, the same one goes on."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """One decoder layer, streamed from its checkpoint, against a plain whole-model implementation."""
 
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Experts are pruned on the tokens that are routed to them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

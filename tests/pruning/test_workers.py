@@ -1,7 +1,5 @@
 """Who works on which layer changes no bit: serial, several processes, Ray, parts on several machines, dying workers."""
 
-from __future__ import annotations
-
 import multiprocessing
 import socket
 import time

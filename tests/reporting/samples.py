@@ -1,7 +1,5 @@
 """Made-up reports: every part filled, so that every part of a page is drawn. The numbers are nobody's measurements."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from typing import Any

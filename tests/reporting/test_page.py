@@ -1,7 +1,5 @@
 """The pages: what they ask for, what they let become markup, their figures and colours; comparisons."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

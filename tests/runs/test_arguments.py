@@ -1,7 +1,5 @@
 """Arguments of a wrong type are named; errors, evaluations and reports in a notebook."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from pathlib import Path

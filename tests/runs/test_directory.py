@@ -1,7 +1,5 @@
 """The run directory serves every verb: a record has a kind, and nothing that only pruning has is needed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The journal of steps and the snapshots: what is whole is read, what is torn is made again."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

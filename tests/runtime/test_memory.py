@@ -1,7 +1,5 @@
 """What a process can still get, of the machine and of the control groups it is in."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Grams of which only one half is multiplied out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

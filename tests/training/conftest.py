@@ -1,7 +1,5 @@
 """Models and texts that the tests of this folder share."""
 
-from __future__ import annotations
-
 import pytest
 
 import tiny

@@ -1,7 +1,5 @@
 """Adapters of the PEFT library are merged as it merges them, and the zeros are kept."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

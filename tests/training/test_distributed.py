@@ -1,7 +1,5 @@
 """Two processes of torchrun train one model: curves of one process, states together, one sentence where one dies."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Other trainers keep the zeros of a pruned model under ``hold_mask``, and lose them without."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable

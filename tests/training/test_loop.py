@@ -1,7 +1,5 @@
 """The training loop: schedule, checks, the best step kept, a killed run goes on with the same bits."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping

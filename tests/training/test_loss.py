@@ -1,7 +1,5 @@
 """Losses of tokens and their gradients, against their definitions in torch."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

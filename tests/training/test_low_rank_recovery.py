@@ -1,7 +1,5 @@
 """Recovery of models with a low-rank part: it stays, zeros stay, and the sum of both parts is what the passes use."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

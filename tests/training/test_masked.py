@@ -1,7 +1,5 @@
 """Masters behind a mask: the start is the checkpoint, zeros stay, torch's AdamW takes the steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

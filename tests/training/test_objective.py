@@ -1,7 +1,5 @@
 """Loss and gradients of windows, against autograd on the whole model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

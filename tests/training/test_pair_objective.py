@@ -1,7 +1,5 @@
 """The loss of preference pairs, against autograd on the whole model and against TRL's numbers."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Block reconstruction: masks stay, the layer comes closer, the same bits every time, nothing is kept that does not
 help."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Recovery from end to end: every zero kept bit for bit, never worse on held-out text, told in report and lineage."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -29,12 +27,7 @@ from fistapruner.runs.records import Report, load_run
 from tiny import Bench, tensors
 
 SEQLEN = 16
-SETTINGS: dict[str, Any] = {
-    "evaluate": None,
-    "steps": 4,
-    "windows_per_step": 2,
-    "rank": 4,
-}
+SETTINGS: dict[str, Any] = {"evaluate": None, "steps": 4, "windows_per_step": 2, "rank": 4}
 
 
 @pytest.fixture(scope="module")
