@@ -72,7 +72,6 @@ def score_windows(
 
     Args:
         model, reference: models with the same tokens, opened.
-        tokens: token ids of the windows.
         batch_size: windows in one pass; None takes about 2,048 tokens on a CPU, 16,384 on a GPU.
         memory_limit: bytes of main memory that the process may use; None is what is free.
         kept: hidden states of one of the models on these windows.
@@ -177,9 +176,7 @@ def sum_over_tokens(
 
     Args:
         hidden: (tokens, width) output of each model's last decoder layer at the token before each target.
-        targets: token ids.
         heads: final norm and language-model head of each.
-        vocabulary: width of the logits.
         budgets: bytes of logits at once.
     """
     sums = []

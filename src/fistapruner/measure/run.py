@@ -93,12 +93,8 @@ def measure(
     measured again.
 
     Args:
-        run: the run directory, with a finished checkpoint.
-        report: of the finished run.
         request: the text to evaluate on; None evaluates nothing.
         execution: names the device and the most memory; a run may end on another machine than it began on.
-        permissions: what the models' files may do.
-        listener: receives progress.
     """
     if request is not None:
         begin = time.perf_counter()
@@ -182,10 +178,7 @@ def generate_side_by_side(
 
     Args:
         models: Hugging Face folders, by the field of :class:`Generation` that they fill.
-        device: where the models run.
         memory_limit: bytes of main memory that the process may use; None is the free memory.
-        permissions: what the models' files may do.
-        tick: receives what is done, and how many models of how many have done it.
     """
     sources = {name: permissions.at(folder) for name, folder in models.items()}
     if not all(whole_fits(source.checkpoint(), device, memory_limit) for source in sources.values()):

@@ -86,7 +86,6 @@ def evaluate_tasks(
     Args:
         folders: of the model, and perhaps of the dense one.
         tasks: of :func:`find_tasks`.
-        device, dtype, batch_size, trust_remote_code: how the models are run.
         limit: take only the first items of each task.
         tick: called with (what, steps done, steps in all); ``lm-eval`` shows the requests by bars of its own.
     """

@@ -42,9 +42,6 @@ class PackedCheckpoint:
         specs: every packed operator's description, by the name of its dense tensor.
         record: the record of the pruning run, from ``packed.json``.
         low_rank: the low-rank part of the model, whose sparse part is packed; None where it has none.
-
-    Raises:
-        FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:

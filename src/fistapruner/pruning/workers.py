@@ -36,7 +36,7 @@ from ..passes.store import HiddenStates
 from ..runs.log import Listener
 from ..runs.records import LayerEntry
 from ..runtime.devices import available_cores, cpu_threads, peak_memory, usable_threads, worker_devices
-from ..runtime.machine import module_path, now
+from ..runtime.machine import now
 from ..runtime.numerics import exact_products
 from ..settings.base import Execution
 from .context import LayerMeasures, LayerStreams, RunContext
@@ -300,7 +300,8 @@ def _ray_tasks(context: RunContext, execution: Execution, most: int) -> Iterator
         if room < 1:
             gpu = " beside its GPU" if cuda else ""
             raise FistaPrunerError(f"no node of the Ray cluster has the {threads} cores that a worker needs{gpu}")
-        variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": module_path()}
+        paths = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])  # of this package first
+        variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
         options = {"num_cpus": threads, "num_gpus": int(cuda), "max_retries": ATTEMPTS - 1}
         task = ray.remote(prune_one).options(**options, runtime_env={"env_vars": variables})
         place = _place(context, "cuda" if cuda else "cpu")

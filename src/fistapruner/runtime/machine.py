@@ -81,9 +81,3 @@ def launched() -> int:
 def leads() -> bool:
     """Check that this is the first of the processes that a launcher has started, or the only one."""
     return launched() == 1 or os.environ["RANK"] == "0"
-
-
-def module_path() -> str:
-    """Return the ``PYTHONPATH`` with which a new process imports this package."""
-    package = str(Path(__file__).parents[2])
-    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
