@@ -3,12 +3,6 @@
 import multiprocessing
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "fistapruner.pruning.run",
-        "fistapruner.training.run",
-        "fistapruner.measure.speed",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.gpt2.modeling_gpt2",
-    ]
-)
+MODULES = ["fistapruner.pruning.run", "fistapruner.training.run", "fistapruner.measure.speed"]
+MODULES += ["transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"]
+FORKS.set_forkserver_preload(MODULES)

@@ -34,10 +34,6 @@ def pruned(folder: Path, method: str, layers: str = "[0-9]*[05]", seqlen: int = 
     return fp.prune("smollm2", folder, method=method, evaluate="python", evaluate_windows=4, **settings)
 
 
-def perplexity(report: fp.Report) -> float:
-    return report.evaluations[0].perplexity.perplexity
-
-
 def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> None:
     reports = {}
     for method in ("magnitude", "sparsegpt", "proximal"):
@@ -50,7 +46,8 @@ def test_exactly_two_of_four_and_better_methods_are_better(tmp_path: Path) -> No
         assert 0 <= zeros - weights // 2 < 1000
     dense = reports["proximal"].evaluations[0].reference
     for method in ("proximal", "sparsegpt"):
-        assert dense.perplexity < perplexity(reports[method]) < perplexity(reports["magnitude"])
+        ours, theirs = (reports[name].evaluations[0].perplexity.perplexity for name in (method, "magnitude"))
+        assert dense.perplexity < ours < theirs
 
     def errors(report: fp.Report) -> list[Any]:
         # Only the first operator of each layer: it sees the same inputs whatever was pruned before it in the layer.
@@ -68,7 +65,7 @@ def test_recovery_lowers_perplexity_and_keeps_every_zero(tmp_path: Path) -> None
     found = report.recovery
     before, after = found.checks[0].held_out, min(check.held_out for check in found.checks)
     assert after < 0.9 * before
-    assert perplexity(report) < 0.9 * perplexity(before_it)
+    assert report.evaluations[0].perplexity.perplexity < 0.9 * before_it.evaluations[0].perplexity.perplexity
     assert report.totals.operator_zeros == before_it.totals.operator_zeros
     assert main(["inspect", str(tmp_path / "recovered" / "model")]) == 0
 

@@ -77,11 +77,8 @@ def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
         listener.layer(LayerEntry(index=index, name=f"layers.{index}", seconds={"solve": 4000.0}, operators=[]))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "33 decoder layers, 30 of them already done"
-    assert [line.partition("; ")[2] for line in lines[1:]] == [
-        "2 layers and about 2 h 13 min left",
-        "1 layer and about 1 h 07 min left",
-        "",
-    ]
+    left = [line.partition("; ")[2] for line in lines[1:]]
+    assert left == ["2 layers and about 2 h 13 min left", "1 layer and about 1 h 07 min left", ""]
 
 
 def test_each_run_has_a_bar_and_errors_of_its_own() -> None:

@@ -11,15 +11,7 @@ from safetensors.torch import load_file
 import tiny
 from fistapruner import FistaPrunerError, pack
 from fistapruner.measure import QUANTISE_FIRST
-from fistapruner.measure.speed import (
-    Run,
-    Speed,
-    Variant,
-    bench,
-    compare,
-    time_generation,
-    weight_bytes,
-)
+from fistapruner.measure.speed import Run, Speed, Variant, bench, compare, time_generation, weight_bytes
 from forked import FORKS
 from packed.pruned import pickle_weights, save_pruned
 

@@ -1,7 +1,6 @@
 """The pages in a real browser: nothing fetched, nothing logged, readable at a phone's and a desk's width, accessible.
 
-Where ``$FISTAPRUNER_SCREENSHOTS`` names a folder, pictures of the pages go there; where ``$FISTAPRUNER_AXE`` names the
-file ``axe.min.js`` of the npm package ``axe-core``, its rules are checked too.
+Where ``$FISTAPRUNER_AXE`` names the file ``axe.min.js`` of the npm package ``axe-core``, its rules are checked too.
 """
 
 import html
@@ -62,11 +61,6 @@ def seen(text: str, folder: Path, width: int, scheme: str) -> dict[str, Any]:
     (folder / "around.html").write_text(AROUND.format(page=html.escape(text), width=width, **scripts), "utf-8")
     command = [str(PROGRAM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += [f"--user-data-dir={folder / 'profile'}", *(["--force-dark-mode"] if scheme == "dark" else [])]
-    if pictures := os.environ.get("FISTAPRUNER_SCREENSHOTS"):
-        (folder / "page.html").write_text(text, "utf-8")
-        picture = Path(pictures).absolute() / f"{folder.name}.png"
-        shot = [f"--screenshot={picture}", f"--window-size={max(width, 500)},3000", (folder / "page.html").as_uri()]
-        subprocess.run([*command, *shot], check=True, capture_output=True, timeout=120)
     command += ["--dump-dom", "--virtual-time-budget=20000", (folder / "around.html").as_uri()]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     title = re.search(r"<title>(.*?)</title>", said, re.DOTALL)  # the first is that of the page around

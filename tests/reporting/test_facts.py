@@ -14,14 +14,7 @@ import yaml
 from fistapruner.measure.data import Windows
 from fistapruner.measure.logits import perplexity_of
 from fistapruner.reporting.facts import facts, lineage_lines, summary
-from fistapruner.reporting.measured import (
-    NOT_MEASURED,
-    Fact,
-    evaluation_text,
-    points,
-    quality_facts,
-    task_facts,
-)
+from fistapruner.reporting.measured import NOT_MEASURED, Fact, evaluation_text, points, quality_facts, task_facts
 from fistapruner.reporting.model_card import model_card, plain_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.terminal import status_text

@@ -165,11 +165,8 @@ def test_status_of_an_unfinished_recovery(tmp_path: Path, cli: tiny.Cli) -> None
     assert (facts["steps_done"], facts["steps"], facts["kept_step"], facts["tokens"]) == (4, 60, 3, 400)
     assert facts["seconds_left"] == pytest.approx(12 / 4 * 56)
     assert facts["training_loss"] == pytest.approx((1.1 + 0.8 + 0.6) / 3)
-    assert [(check["step"], check["loss"], check["kept"]) for check in facts["held_out"]] == [
-        (0, 0.9, True),
-        (3, 0.7, True),
-        (4, 0.8, False),
-    ]
+    checks = [(check["step"], check["loss"], check["kept"]) for check in facts["held_out"]]
+    assert checks == [(0, 0.9, True), (3, 0.7, True), (4, 0.8, False)]
     assert 0 <= facts["seconds_since_last_step"] < 3600
     assert "layers" not in facts
     printed = cli("status", run).out
@@ -188,12 +185,8 @@ def test_the_curve_in_a_report_is_bounded(tmp_path: Path) -> None:
 
 def test_numbers_for_people() -> None:
     assert (size(512), size(1536), size(3 * 2**30)) == ("512 B", "1.50 KiB", "3.00 GiB")
-    assert (duration(0.84), duration(12.34), duration(245), duration(12000)) == (
-        "840 ms",
-        "12.3 s",
-        "4 min 05 s",
-        "3 h 20 min",
-    )
+    durations = [duration(seconds) for seconds in (0.84, 12.34, 245, 12000)]
+    assert durations == ["840 ms", "12.3 s", "4 min 05 s", "3 h 20 min"]
     assert (percent(0.5), percent(0.123456), percent(None)) == ("50.0 %", "12.3 %", "–")
     assert (short_count(134515008), p_value(0.0001), p_value(0.15)) == ("135M", "p < 0.001", "p = 0.150")
     assert (with_error(25.321, 0.414), with_error(25.321, float("nan"))) == ("25.32 ± 0.41", "25.32")

@@ -31,7 +31,7 @@ import sys, json
 sys.modules["fistapruner"] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM
-model = tiny.loaded(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 print(json.dumps(model(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].tolist()))
 """
 

@@ -19,12 +19,7 @@ from fistapruner.models.safetensors import SafetensorsFile
 from fistapruner.runs.records import Report, load_run
 from tiny import Bench, tensors
 
-SETTINGS: dict[str, Any] = {
-    "evaluate": None,
-    "pairs_per_step": 4,
-    "rank": 4,
-    "lr": 1e-3,
-}
+SETTINGS: dict[str, Any] = {"evaluate": None, "pairs_per_step": 4, "rank": 4, "lr": 1e-3}
 
 
 def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:

@@ -27,12 +27,7 @@ from fistapruner.runs.records import Report, load_run
 from tiny import Bench, tensors
 
 SEQLEN = 16
-SETTINGS: dict[str, Any] = {
-    "evaluate": None,
-    "steps": 4,
-    "windows_per_step": 2,
-    "rank": 4,
-}
+SETTINGS: dict[str, Any] = {"evaluate": None, "steps": 4, "windows_per_step": 2, "rank": 4}
 
 
 @pytest.fixture(scope="module")
