@@ -94,10 +94,8 @@ def _prune_journaled(
 ) -> LayerEntry:
     """Prune decoder layer ``index`` and journal it; arguments as for :func:`prune_layer`."""
     run, recipe = context.run, context.recipe
-    number, names = (
-        f"{index:04d}",
-        [name for group in context.layout.layers[index] for name in context.names(index, group)],
-    )
+    number = f"{index:04d}"
+    names = [name for group in context.layout.layers[index] for name in context.names(index, group)]
     learned = recipe.structure.method == "bypass" and context.widths.channels(index)
     measures = LayerMeasures(
         metric=run.measured("output", [number])[number] if recipe.reconstruct else None,

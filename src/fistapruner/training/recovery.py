@@ -145,7 +145,7 @@ class Recovery:
     def resolved(self) -> Any:
         """Return the recipe with its text, checked: that of the input's run where the user names none."""
         recipe, data = self.recipe, self.recipe.data
-        origin = None if data.source else self.request.origin
+        origin = None if data.sources else self.request.origin
         if origin is not None and origin.calibration is not None and origin.kind != "align":  # pairs are no text
             tasks = {name: str(task.source) for name, task in origin.calibration.tasks.items()}
             single = next(iter(tasks.values()), origin.calibration.source)
