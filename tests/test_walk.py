@@ -6,7 +6,7 @@ from pathlib import Path
 import walk
 
 PAGE = Path(__file__).parents[1] / "docs" / "walk.md"
-MOST = {"prune": 62, "recover": 58}
+MOST = {"prune": 64, "recover": 57}
 """Files that a run may enter; the aim is 70."""
 
 
