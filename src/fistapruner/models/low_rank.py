@@ -122,8 +122,9 @@ class LowRankAdapter:
     @classmethod
     def beside(cls, checkpoint: Path, record: Mapping[str, Any] | None = None) -> LowRankAdapter | None:
         """Open the low-rank part that belongs to a checkpoint, by its ``record``; None where that names none."""
+        folder = adapter_folder(checkpoint) if record is None else checkpoint / FOLDER  # packed ones hold it
         claim = (read_pruning_record(checkpoint) if record is None else record).get(LOW_RANK)
-        return None if claim is None else cls(adapter_folder(checkpoint), claim if isinstance(claim, dict) else {})
+        return None if claim is None else cls(folder, claim if isinstance(claim, dict) else {})
 
     @property
     def file_bytes(self) -> int:
