@@ -32,7 +32,7 @@ OUTCOMES = {
     "llama4_text": r"refused: .*layers\.0\.feed_forward\.experts\.gate_up_proj is a fused mixture of experts",
     "dbrx": "refused",  # its experts are stacked in tensors of two dimensions
     "gemma4_text": "works",
-    "gemma4_text, per-layer inputs": r"refused: .*decoder layer 0 is given .*token ids",
+    "gemma4_text, per-layer inputs": r"refused: .*predicts otherwise than in one forward pass",
     "reformer": "refused",
     "xlm": r"refused: .*what enters transformer\.ffns\.1 is not what transformer\.ffns\.0 returned",
     "xlnet": r"refused: .*transformer\.layer\.0 is given \(4, 1, 32\) and not \(1, 4, 32\) hidden",
