@@ -35,7 +35,7 @@ OUTCOMES = {
     "gemma4_text, per-layer inputs": r"refused: .*predicts otherwise than in one forward pass",
     "reformer": "refused",
     "xlm": r"refused: .*what enters transformer\.ffns\.1 is not what transformer\.ffns\.0 returned",
-    "xlnet": r"refused: .*transformer\.layer\.0 is given \(4, 1, 32\) and not \(1, 4, 32\) hidden",
+    "xlnet": r"refused: .*transformer\.layer\.0 is given \(16, 1, 32\) and not \(1, 16, 32\) hidden",
     "gemma4_unified_text, shared K/V": "refused",  # later layers read what earlier ones left of the last batch
     "gemma4_unified_text, shared K/V, own order": "refused",  # a layer does not run without an earlier one
     "glm_moe_dsa, shared indexers": "refused",
