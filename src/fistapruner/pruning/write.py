@@ -343,5 +343,5 @@ def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> N
     for stack in checkpoint.stacks.values():
         written.take_apart(stack)
     for name in names:
-        same = torch.equal(checkpoint.read(name) == 0, written.read(name) == 0)
-        assert same, f"{folder}: {name} does not have the zeros of the input"
+        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
+            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
