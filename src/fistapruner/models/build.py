@@ -122,7 +122,11 @@ def build_model(
         said = f"no {config.model_type} language model can be built from config.json"
         with no_init_weights(), init_empty_weights(include_buffers=False):
             precision = {} if dtype is None else {"dtype": dtype}
-            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **precision)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **precision)
+        for module in model.modules():  # as from_pretrained does, which fills buffers that are not stored in fp32
+            module._is_hf_initialized = not module._non_persistent_buffers_set
+        model.initialize_weights()
+        return model
     except FistaPrunerError:
         raise
     except Exception as error:  # an untrusted config makes every check of every architecture fail in its own way
