@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fistapruner import FistaPrunerError, SparseLinear
+from fistapruner import SparseLinear
 from fistapruner.packed import kernel
 from fistapruner.packed.format import PackedOperator, pack_operator
 from fistapruner.packed.linear import DenseLinear
@@ -240,7 +240,7 @@ def test_a_bias_changed_in_any_way_is_used(kind, dtype) -> None:
 def test_a_bias_that_is_not_on_the_cpu_is_refused(rows) -> None:
     for level in kernel.available_levels()[:1]:
         layer = SparseLinear(make(1, 20, 130, 0.5, "bf16"), torch.ones(20, device="meta"), level)
-        with pytest.raises((FistaPrunerError, NotImplementedError), match=r"the bias is on meta|meta tensor"):
+        with pytest.raises(NotImplementedError, match="meta tensor"):
             layer(torch.ones(rows, 130))
 
 
