@@ -44,10 +44,8 @@ from .solvers.low_rank import solve_low_rank
 from .structure.units import HEADS
 from .text import SELF, calibration_length
 from .text.generate import generation_bytes
+from .training.plan import MASTER_BYTES, RESERVE
 from .training.reconstruct import passes
-
-RESERVE = 0.9
-"""Share of the free memory that a run without memory_limit may use."""
 
 DEVICE_RESERVE = 2**29
 """Bytes of a GPU's free memory that each process leaves to CUDA's context, workspaces and fragments."""
@@ -61,8 +59,8 @@ MARGIN = 1 / 12
 REMOVAL = 11
 """Choosing the channels of an (m, n) operator takes at most so many fp32 matrices (n, n + m) (measured)."""
 
-RECONSTRUCTION = 5 * 4 + 1
-"""Bytes of a reconstructed number: fp32 value, gradient, two moments of Adam and best value; its mask."""
+RECONSTRUCTION = MASTER_BYTES + 1
+"""Bytes of a reconstructed number, with its mask."""
 
 PROBE = 256
 """Inputs of the small solve: enough that terms linear in the size are small against n^2."""

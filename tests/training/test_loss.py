@@ -1,5 +1,7 @@
 """Losses of tokens and their gradients, against their definitions in torch."""
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,11 +26,11 @@ def test_losses_are_what_torch_computes(seed: int, tokens: int, vocabulary: int,
     log_q, log_p = exact.log_softmax(-1), dense.double().log_softmax(-1)
     kl = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     ce = cross_entropy(exact, targets, reduction="none")
-    budgets = Budgets(rows=4 * vocabulary * 3)
     for share in (1.0, 0.0, 0.4):
         expected = share * kl + (1 - share) * ce
         (gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
-        value, found = token_losses(own, targets, dense if share else None, share, 0.5, budgets)
+        with patch("fistapruner.training.loss.BUDGETS", Budgets(rows=4 * vocabulary * 3)):
+            value, found = token_losses(own, targets, dense if share else None, share, 0.5)
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(2 * found.double(), gradient, rtol=1e-5, atol=1e-6)
         again, nothing = token_losses(own, targets, dense if share else None, share)

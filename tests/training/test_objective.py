@@ -86,7 +86,9 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path, architecture: st
 
 
 @pytest.mark.parametrize(("share", "marked"), [(1.0, 0.5), (0.3, 1.0)])
-def test_divergence_from_the_dense_model(tmp_path: Path, share: float, marked: float) -> None:
+def test_divergence_from_the_dense_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, marked: float
+) -> None:
     """Its last hidden states are stored; logits are computed in slices of few tokens."""
     folder = tiny.save("gemma2", tmp_path / "model")
     dense = tiny.save("gemma2", tmp_path / "dense", seed=1)
@@ -100,14 +102,14 @@ def test_divergence_from_the_dense_model(tmp_path: Path, share: float, marked: f
     expected = gradients(reference, loss)
     model = opened(folder, torch.float32)
     teacher = Teacher(opened(dense, torch.float32), text.tokens, tmp_path / "teacher", batch_size=2)
-    few = Budgets(head=2 * 4 * tiny.VOCABULARY * 7)
+    monkeypatch.setattr("fistapruner.training.loss.BUDGETS", Budgets(head=2 * 4 * tiny.VOCABULARY * 7))
     with model.resident():
         trained = Trained(model, discover(model), RecoverRecipe.build({"parameters": "full"}))
-        objective = Objective(model, trained.run, text, share, teacher, 2, budgets=few)
+        objective = Objective(model, trained.run, text, share, teacher, 2)
         with objective.resident():
             value = objective.backward(numbers)
             assert value == pytest.approx(loss.item(), rel=1e-5)
-            total = float(objective.losses(numbers).sum() / objective.counts(numbers).sum())
+            total = float(objective.losses(numbers).sum() / text.counts[numbers].sum())
             assert total == pytest.approx(value, rel=1e-6)
         for name, each in trained.parameters.items():
             close(each.grad, expected[name.replace("/", ".")])

@@ -18,7 +18,7 @@ from fistapruner.settings.align import PairData
 from fistapruner.settings.train import RecoverRecipe
 from fistapruner.text.examples import read_pairs
 from fistapruner.text.training import Pairs, tokenise_pairs
-from fistapruner.training.loss import PairObjective, Teacher
+from fistapruner.training.loss import Objective, PairObjective, Teacher
 from fistapruner.training.masked import Trained
 
 TRL_PAIRS = [
@@ -47,7 +47,7 @@ def pairs(tmp_path: Path) -> Pairs:
 def answers(folder: Path, pairs: Pairs, windows: list[int], batch_size: int = 4) -> Tensor:
     model = opened(folder, torch.float32)
     with model.resident():
-        return PairObjective(model, model.run, pairs, 0.0, None, batch_size).log_probabilities(windows)
+        return -Objective(model, model.run, pairs, 0.0, None, batch_size).losses(windows).view(-1, 2)
 
 
 def losses(folder: Path, pairs: Pairs, windows: list[int], **terms: Any) -> Tensor:

@@ -131,7 +131,7 @@ class ForwardOnly:
             return self.model.run(index, hidden, call, values)
 
         with self.ends_moved(step, eps):
-            return float(objective.losses(windows, run).sum()) / max(1.0, float(objective.counts(windows).sum()))
+            return float(objective.losses(windows, run).sum()) / max(1.0, float(objective.text.counts[windows].sum()))
 
     @torch.no_grad()
     def step(self, objective: Objective, windows: list[int], number: int, factor: float) -> tuple[float, float]:

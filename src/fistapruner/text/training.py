@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class TrainingText:
     tasks: tuple[str, ...]
     facts: dict[str, Any]
     test: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    together: ClassVar[int] = 1  # windows that no pass may part
 
     @cached_property
     def loss_tokens(self) -> Tensor:
@@ -340,6 +341,8 @@ def _read(source: str) -> Sequence[str | Example]:
 @dataclass(frozen=True)
 class Pairs(TrainingText):
     """Tokenised pairs: windows 2 i and 2 i + 1 are the chosen and the rejected answer of pair i."""
+
+    together: ClassVar[int] = 2
 
     @cached_property
     def counts(self) -> Tensor:

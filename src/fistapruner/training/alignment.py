@@ -120,7 +120,7 @@ class Alignment(Recovery):
 
     def _reference(self, name: str) -> Tensor:
         """Compute the (pairs, 2) log-probabilities of one model."""
-        windows, numerics = self.text.windows("test"), self.decision.numerics
+        windows = self.text.windows("test")
         if name in self.recipe.resolved_references:
             windows = sorted({*self.order().flatten().tolist(), *self.text.windows("held_out"), *windows})
         self.listener.say(f"log-probabilities of {len(windows) // 2} pairs under the {name} model")
@@ -128,8 +128,8 @@ class Alignment(Recovery):
         model = self.open_dense() if name == "dense" else self.opened(folder)
         values = torch.full((len(self.text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
         with model.resident():
-            objective = PairObjective(model, model.run, self.text, 0.0, None, numerics.batch_size)
-            values[[window // 2 for window in windows[::2]]] = objective.log_probabilities(windows)
+            objective = Objective(model, model.run, self.text, 0.0, None, self.decision.numerics.batch_size)
+            values[[window // 2 for window in windows[::2]]] = -objective.losses(windows).view(-1, 2)
         return values
 
     def _weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
@@ -154,9 +154,9 @@ class Alignment(Recovery):
         """Add to the report what the trained model prefers on the test pairs."""
         text, recipe, windows = self.text, self.recipe, self.text.windows("test")
         self.listener.say(f"log-probabilities of {len(windows) // 2} test pairs under the aligned model")
-        objective = PairObjective(self.model, trained.run, text, 0.0, None, **self.passes)
+        objective = Objective(self.model, trained.run, text, 0.0, None, **self.passes)
         part = self.world.part(windows, 2)
-        own = self.world.together(windows, part, objective.log_probabilities(part).flatten()).view(-1, 2)
+        own = -self.world.together(windows, part, objective.losses(part)).view(-1, 2)
         references = self.references()
         if report is None:
             return

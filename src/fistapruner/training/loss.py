@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ from ..papers.mrpo import margins_of, preference_losses
 from ..passes.store import scratch_factory
 from ..passes.stream import forward
 from ..runtime.files import disk_errors
-from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..runtime.numerics import BUDGETS, ordered_attention, slices
 from ..runtime.show import Tick, silent
-from ..text.training import TrainingText
+from ..text.training import Pairs, TrainingText
 
 LENGTHS = 32
 """Windows of pairs are cut to multiples of this many tokens, so that few lengths occur."""
@@ -48,17 +48,9 @@ BLOCK_TOKENS = 32768
 Run = Callable[[int, Tensor, Call], Tensor]
 """Runs decoder layer (index, hidden states, its other arguments)."""
 
-Reduce = Callable[[Tensor, list[int]], Tensor]
-"""Turns the last layer's output of (numbered) windows into one fp64 number each."""
-
 
 def token_losses(
-    logits: Tensor,
-    targets: Tensor,
-    dense: Tensor | None,
-    share: float,
-    factor: float | None = None,
-    budgets: Budgets = BUDGETS,
+    logits: Tensor, targets: Tensor, dense: Tensor | None, share: float, factor: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the loss of every token, in blocks of rows that fit a core's cache.
 
@@ -67,7 +59,7 @@ def token_losses(
     of their sum with respect to ``logits``; without a factor no gradient is computed.
     """
     losses, gradient = [], None if factor is None else torch.empty_like(logits)
-    for start, stop in budgets.cache(logits):
+    for start, stop in BUDGETS.cache(logits):
         own = logits[start:stop].detach().float().log_softmax(-1)
         value, target = _target(own, targets[start:stop], None if dense is None else dense[start:stop], share)
         losses.append(value)
@@ -96,25 +88,25 @@ def _target(own: Tensor, targets: Tensor, dense: Tensor | None, share: float) ->
 class HeadLoss(torch.autograd.Function):
     """Losses of tokens behind the final norm and the head, in slices whose logits are not kept.
 
-    ``apply(rows, model, targets, share, dense, factor, budgets)`` returns ``factor`` times the (tokens,) fp64 losses of
-    (tokens, width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits; it is
+    ``apply(rows, model, targets, share, dense, factor)`` returns ``factor`` times the (tokens,) fp64 losses of (tokens,
+    width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits; it is
     None where the loss needs none.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, model: LayerwiseModel, *args: Any) -> Tensor:
         """Compute the losses, and the gradient of each with respect to its row."""
-        targets, share, dense, factor, budgets = args
+        targets, share, dense, factor = args
         needed = ctx.needs_input_grad[0]
         losses, below = [rows.new_zeros(0, dtype=torch.float64)], torch.zeros_like(rows)
         # No more rows than the model takes in one window.
-        budget = min(budgets.head // 2, 4 * model.vocabulary * model.max_head_rows)
+        budget = min(BUDGETS.head // 2, 4 * model.vocabulary * model.max_head_rows)
         for start, stop in slices(len(targets), 4 * model.vocabulary, budget):
             with torch.set_grad_enabled(needed):
                 part = rows[start:stop].detach().requires_grad_(needed)
                 logits = model.head(part, gradients=needed)
             wanted = None if dense is None else dense(start, stop)
-            found, above = token_losses(logits, targets[start:stop], wanted, share, factor if needed else None, budgets)
+            found, above = token_losses(logits, targets[start:stop], wanted, share, factor if needed else None)
             losses.append(found.double())
             if above is not None:
                 (below[start:stop],) = torch.autograd.grad(logits, part, above)
@@ -125,7 +117,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> Any:
         """Multiply the gradient of each row, rounded once."""
         (below,) = ctx.saved_tensors
-        return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 6
+        return (below.float() * above.float()[:, None]).to(below.dtype), *[None] * 5
 
 
 @dataclass
@@ -189,33 +181,26 @@ class Objective:
     teacher: Teacher | None
     batch_size: int
     checkpointing: bool = False
-    budgets: Budgets = BUDGETS
-    together: ClassVar[int] = 1
-    """Windows that no pass may part."""
 
     def resident(self) -> AbstractContextManager[None]:
         """Keep the final norm and head of the dense model loaded for the block."""
         return nullcontext() if self.teacher is None else self.teacher.dense.embeddings_and_head()
-
-    def counts(self, windows: Sequence[int]) -> Tensor:
-        """Count the (windows,) tokens that carry loss, or pairs, that each window's loss is a sum over."""
-        return self.text.counts[list(windows)]
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """Count the tokens with loss of windows."""
         return self.text.loss_tokens[list(windows)].sum()
 
     @torch.no_grad()
-    def losses(self, windows: Sequence[int], run: Run | None = None, reduce: Reduce | None = None) -> Tensor:
-        """Compute the (windows,) fp64 sums of losses; ``run`` and ``reduce`` replace the own."""
+    def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
+        """Compute the (windows,) fp64 sums of losses; ``run`` replaces the own."""
         found = torch.zeros(len(windows), dtype=torch.float64)
         for places, batch in self._batches(windows):
-            found[places] = (reduce or self._reduce)(self._hidden(batch, run or self.run), batch)
+            found[places] = self._reduce(self._hidden(batch, run or self.run), batch)
         return found
 
     def backward(self, windows: Sequence[int], count: float | None = None) -> float:
-        """Compute the mean loss over ``count`` or :meth:`counts`, and add its gradient to the masters'."""
-        count = count or max(1.0, float(self.counts(windows).sum()))
+        """Compute the mean loss over ``count``, or the text's counts, and add its gradient to the masters'."""
+        count = count or max(1.0, float(self.text.counts[list(windows)].sum()))
         total = 0.0
         with ordered_attention(self.model.device):
             for _, batch in self._batches(windows):
@@ -226,14 +211,18 @@ class Objective:
         return total
 
     def _length(self, windows: Sequence[int]) -> int:
-        """Return the tokens of each of these windows that are passed."""
-        return self.text.tokens.shape[1]
+        """Return the tokens of each of these windows that are passed; what is left out of pairs is padding."""
+        longest = self.text.tokens.shape[1]
+        if isinstance(self.text, Pairs):
+            longest = min(longest, -(-int(self.text.lengths[list(windows)].max()) // LENGTHS) * LENGTHS)
+        return longest
 
     def _batches(self, windows: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Yield places and numbers of the windows of each pass; like lengths pass together."""
-        units = [range(start, start + self.together) for start in range(0, len(windows), self.together)]
+        together = self.text.together
+        units = [range(start, start + together) for start in range(0, len(windows), together)]
         units.sort(key=lambda unit: self._length([windows[place] for place in unit]))
-        size = max(1, self.batch_size // self.together)
+        size = max(1, self.batch_size // together)
         for start in range(0, len(units), size):
             places = [place for unit in units[start : start + size] for place in unit]
             yield places, [windows[place] for place in places]
@@ -253,15 +242,10 @@ class Objective:
         """Return ``factor`` times the (windows,) fp64 losses of the last layer's output."""
         return self._token_sums(hidden, windows, self.share, factor)
 
-    def _marked(self, windows: Sequence[int], length: int) -> Tensor:
-        """Return the (windows, length) positions whose next token carries loss."""
-        marks = self.text.marks[list(windows), :length]
-        return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
-
     def _token_sums(self, hidden: Tensor, numbers: list[int], share: float, factor: float = 1.0) -> Tensor:
         """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
         device, teacher, dense = self.model.device, self.teacher, None
-        windows, positions = self._marked(numbers, hidden.shape[1]).nonzero(as_tuple=True)
+        windows, positions = self.text.marks[numbers, 1 : hidden.shape[1]].nonzero(as_tuple=True)
         targets = self.text.tokens[numbers][windows, positions + 1].to(device)
         if teacher is not None and share > 0:
             states = [teacher.hidden(number)[positions[windows == at]] for at, number in enumerate(numbers)]
@@ -271,7 +255,7 @@ class Objective:
                 return model.head(stored[start:stop].to(device, model.dtype))
 
         rows = hidden[windows.to(device), positions.to(device)]
-        losses = HeadLoss.apply(rows, self.model, targets, share, dense, factor, self.budgets)
+        losses = HeadLoss.apply(rows, self.model, targets, share, dense, factor)
         return torch.zeros(len(numbers), dtype=torch.float64).index_add(0, windows, losses.cpu())
 
 
@@ -290,17 +274,6 @@ class PairObjective(Objective):
     likelihood: float = 0.0
     anchor: float = 0.0
     accuracy: bool = False
-    together: ClassVar[int] = 2
-
-    def _length(self, windows: Sequence[int]) -> int:
-        """See :class:`Objective`; what is left out is padding."""
-        longest = int(self.text.lengths[list(windows)].max())  # type: ignore[attr-defined]
-        return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
-
-    @torch.no_grad()
-    def log_probabilities(self, windows: Sequence[int]) -> Tensor:
-        """Compute the (pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
-        return -self.losses(windows, reduce=partial(self._token_sums, share=0.0)).view(-1, 2)
 
     def loss_tokens(self, windows: Sequence[int]) -> Tensor:
         """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""
@@ -309,7 +282,7 @@ class PairObjective(Objective):
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
         chosen = windows[::2]
-        tokens = self._marked(chosen, hidden.shape[1]).sum(1).clamp_min(1)
+        tokens = self.text.loss_tokens[chosen].clamp_min(1)
         answers = -self._token_sums(hidden, windows, 0.0).view(-1, 2)
         found = -self.likelihood * answers[:, 0] / tokens
         if self.references is not None:

@@ -2,27 +2,27 @@
 
     memory = this process + the model + 20 bytes a trained number + activations + a slice of logits
 
-A trained number has an fp32 value, its gradient, two moments of AdamW and the best value. Activations are what the
-largest decoder layer keeps of one window for the way back, measured on real weights, times the layers and the windows
-that pass at once. Where memory does not hold them, decoder layers run twice (checkpointing), then fewer windows pass at
-once.
+A trained number has an fp32 value, its gradient, two moments of AdamW and the best value. Activations are the measured
+peak of one window's forward pass through the largest decoder layer, all of which may be kept for the way back, times
+the layers and the windows that pass at once. Where memory does not hold them, decoder layers run twice (checkpointing),
+then fewer windows pass at once.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 
 from ..errors import FistaPrunerError
 from ..models.layers import LayerwiseModel
 from ..models.operators import Layout
-from ..runtime.devices import free_device_memory, free_memory, release_memory, resident_memory
+from ..runtime.devices import free_device_memory, free_memory, peak_bytes, release_memory, resident_memory
 from ..runtime.files import existing_folder
 from ..runtime.numerics import BUDGETS, ordered_attention, windows_at_once
 from ..runtime.show import counted, duration, size
@@ -43,8 +43,7 @@ class Plan:
     """What a run that trains will need: bytes, windows in one pass, and seconds.
 
     ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
-    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything;
-    ``refusal`` says why the run cannot work.
+    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
     """
 
     parameters: str
@@ -58,24 +57,20 @@ class Plan:
     steps: int
     step_seconds: float
     seconds: float
-    refusal: str | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse a run that does not fit."""
+        fault = None
         if (needed := sum(self.memory.values())) > self.limit:
-            most = max(self.memory, key=lambda name: self.memory[name])
-            self.refusal = (
+            most = max(self.memory, key=self.memory.__getitem__)
+            fault = (
                 f"training {self.parameters} needs {size(needed)} of {self.kind}, {size(self.memory[most])} of it for "
                 f"{most}, and {size(self.limit)} may be used: take --parameters lora, or shorter windows"
             )
         elif self.disk > self.free:
-            self.refusal = (
-                f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
-            )
-
-    def check(self) -> None:
-        """Refuse a run that cannot work."""
-        if self.refusal is not None:
-            raise FistaPrunerError(self.refusal)
+            fault = f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
+        if fault:
+            raise FistaPrunerError(fault)
 
     def __str__(self) -> str:
         again = "decoder layers run twice, " if self.checkpointing else ""
@@ -98,7 +93,7 @@ def plan_training(
     held_out: int,
     together: int = 1,
 ) -> Plan:
-    """Plan a run that trains on windows of ``seqlen`` tokens; the plan says where it does not fit.
+    """Plan a run that trains on windows of ``seqlen`` tokens.
 
     ``stored`` windows have predictions of the dense model on disk; ``together`` windows are in one pass.
     """
@@ -113,7 +108,7 @@ def plan_training(
     window = seqlen * model.width * model.dtype.itemsize
 
     def memory(batch: int, again: bool) -> dict[str, int]:
-        kept = 4 * graph if zeroth else graph + layers * window if again else layers * graph
+        kept = graph if zeroth else graph + layers * window if again else layers * graph
         return {
             "this process": base,
             "the model": weights + (ends if stored else 0),
@@ -151,33 +146,28 @@ def _measure(
     """Pass one window through the largest decoder layer and the head, there and back.
 
     Returns:
-        Trained numbers of all layers, bytes that a layer keeps for the way back, seconds of the layer and of the head.
+        Trained numbers of all layers, peak bytes of the layer's forward pass, seconds of the layer and of the head.
     """
     model.check()
     layers = [trained_layer(model, layout, index, recipe) for index in range(len(model))]  # without weights
     numbers = sum(each.numel() for layer in layers for each in layer.masters.values())
-    index, kept = max(range(len(model)), key=layout.weights), dict[int, int]()
+    index, targets = max(range(len(model)), key=layout.weights), torch.zeros(seqlen, dtype=torch.int64)
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return torch.empty(0)  # a graph that holds its own output would never be freed
+    def layer() -> Any:
+        return trained(hidden, *calls[index])
 
-    def head() -> None:
-        HeadLoss.apply(rows, model, targets, 0.0, None, 1.0, BUDGETS).sum().backward()
+    def head() -> Any:
+        return HeadLoss.apply(rows, model, targets.to(model.device), 0.0, None, 1.0)
 
-    def layer() -> None:
-        trained(hidden, *calls[index]).sum().backward()
+    def seconds(part: Callable[[], Any]) -> float:
+        """Time a part there and back."""
+        timer = Timer("part().sum().backward()", globals={"part": part}, num_threads=torch.get_num_threads())
+        return float(timer.timeit(1).mean)
 
-    threads = torch.get_num_threads()
-    with model.embeddings_and_head():
-        hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
-        rows, targets = hidden[0].detach().requires_grad_(), torch.zeros(seqlen, dtype=torch.int64, device=model.device)
-        head_seconds = Timer("head()", globals={"head": head}, num_threads=threads).timeit(1).mean
-    with model.layer(index), ordered_attention(model.device):
+    with model.embeddings_and_head(), model.layer(index), ordered_attention(model.device):
         trained = trained_layer(model, layout, index, recipe)
-        with saved_tensors_hooks(keep, lambda empty: empty):
-            trained(hidden, *calls[index])
-        seconds = Timer("layer()", globals={"layer": layer}, num_threads=threads).timeit(1).mean
+        hidden, calls = model.embed(torch.arange(seqlen).remainder(model.embedded_tokens)[None])
+        rows = hidden[0].detach().requires_grad_()
+        found = numbers, peak_bytes(layer), seconds(layer), seconds(head)
     release_memory()
-    return numbers, sum(kept.values()), seconds, head_seconds
+    return found

@@ -429,14 +429,14 @@ class Recovery:
             if zeroth:
                 found: tuple[float, float] = trained.step(objective, chosen, number, factor)
                 return found
-            count = max(1.0, float(objective.counts(chosen).sum())) / world.size
-            loss = objective.backward(world.part(chosen, objective.together), count)
+            count = max(1.0, float(text.counts[chosen].sum())) / world.size
+            loss = objective.backward(world.part(chosen, text.together), count)
             return world.mean(loss), trained.step(factor)
 
         def check() -> tuple[float, dict[str, float]]:
             """Return the mean loss per token or pair over tasks, and that of each of several tasks."""
-            own = world.part(held_out, objective.together)
-            sums, counts = world.together(held_out, own, objective.losses(own)), objective.counts(held_out)
+            own = world.part(held_out, text.together)
+            sums, counts = world.together(held_out, own, objective.losses(own)), text.counts[held_out]
             places = {name: text.task[held_out] == number for number, name in enumerate(text.tasks)}
             found = {n: float(sums[at].sum() / counts[at].sum()) for n, at in places.items() if bool(at.any())}
             return sum(found.values()) / len(found), found if len(found) > 1 else {}
