@@ -36,10 +36,9 @@ demo: .venv/demo
 	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 16 --seqlen 1024 \
 		--evaluate python --evaluate-windows 10
 
-# Fast tests first, then those on the real model; one thread a worker.
+# Those on the real model come first (tests/conftest.py); one thread a worker.
 test: .venv/installed
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'real and not slow'
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 # What takes minutes each (all architectures, kills at random instants and at every disk call, runs on the stand-in GPU,
 # Chromium, lm-eval, Ray, the real model killed three times), and what runs beside packages that the others lack.

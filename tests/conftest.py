@@ -22,6 +22,11 @@ hypothesis.settings.register_profile("same", derandomize="FISTAPRUNER_FUZZ" not 
 hypothesis.settings.load_profile("same")  # the same inputs in every run; a fuzz run (tests/fuzz) draws new ones
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the real model, so that no worker has a run of minutes left when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What takes longer than the rest of a tiny run is left out, and the user's cache is left alone.
