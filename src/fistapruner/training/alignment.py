@@ -28,8 +28,7 @@ from .loss import Objective, PairObjective
 from .masked import Trained
 from .recovery import Recovery, find_input
 
-LOWEST_REWARD = -1.0
-"""Mean reward of the chosen answers below which a warning says that they have become less likely."""
+LOWEST_REWARD = -1.0  # mean reward of the chosen answers below which a warning says that they are less likely
 
 
 class Alignment(Recovery):

@@ -22,13 +22,11 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..runs.store import Snapshots
-from ..runtime.files import disk_errors, read_sealed_json, write_sealed_json
+from ..runtime.files import read_sealed_json, write_sealed_json
 from ..runtime.machine import launched
 from .masked import TrainedLayer
 
-WAIT = timedelta(hours=6)
-"""How long a process waits for process 0, which may cut text or compute the dense model's predictions."""
-
+WAIT = timedelta(hours=6)  # for process 0, which may cut text or compute the dense model's predictions
 
 DONE, READY = "", "ready"
 """What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
@@ -65,28 +63,25 @@ class World:
 
     def together(self, windows: Sequence[int], own: Sequence[int], values: Tensor) -> Tensor:
         """Collect the fp64 values of all ``windows`` from those of each process's own."""
-        if self.size == 1:
-            return values
-        found = torch.full((max(windows, default=0) + 1,), -torch.inf, dtype=torch.float64, device=self.device)
-        found[list(own)] = values.to(self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found[list(windows)].cpu()
+        parts = self.gathered([*zip(own, values.tolist(), strict=True)])
+        known = dict(pair for part in parts for pair in part)
+        return torch.tensor([known[window] for window in windows], dtype=torch.float64)
 
     def mean(self, value: float) -> float:
         """Return the mean over the processes."""
-        if self.size == 1:
-            return value
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found)
-        return float(found) / self.size
+        return float(sum(self.gathered(value)) / self.size)
 
     def tell(self, message: Any = None) -> Any:
         """Return what process 0 says; the others wait for it."""
-        if self.size == 1:
-            return message
-        self.told, said = True, [message]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        self.told = True
+        return self.gathered(message)[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return what each process says, in their order; all wait for all."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def shard(self, layer: TrainedLayer, dtype: torch.dtype) -> None:
         """Divide a loaded layer and its masters among several processes; passes are in ``dtype``."""
@@ -94,11 +89,10 @@ class World:
             return
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
-        fully_shard(
-            layer, mesh=mesh, mp_policy=policy, offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy()
-        )
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 @contextmanager
@@ -107,11 +101,11 @@ def joined(device: str, offload: bool) -> Iterator[World]:
     if (size := launched()) == 1:
         yield World()
         return
-    cuda = device != "cpu" and torch.cuda.is_available()
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, device_id=here if cuda else None)
+    here, gpu = torch.device("cpu"), None
+    if device != "cpu" and torch.cuda.is_available():
+        here = gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=WAIT, device_id=gpu)
     try:
         yield World(dist.get_rank(), size, here, offload)
     except RuntimeError as error:
@@ -136,15 +130,11 @@ class ShardedSnapshots(Snapshots):
         """See :class:`~fistapruner.runs.store.Snapshots`; called by all processes."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        folder, record = self.folder / f"{step:08d}", self.folder / f"{step:08d}.json"
+        path = self.folder / f"{step:08d}"
+        save(dict(tensors), checkpoint_id=path)
         if self.world.rank == 0:
-            with disk_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                record.unlink(missing_ok=True)
-        self.world.tell()
-        save(dict(tensors), checkpoint_id=folder)
-        if self.world.rank == 0:
-            write_sealed_json(record, {"fingerprint": fingerprint, "step": step, "values": dict(values)})
+            content = {"fingerprint": fingerprint, "step": step, "values": dict(values)}
+            write_sealed_json(path.with_suffix(".json"), content)
             self.tidy(step)
         self.world.tell()
 
@@ -160,20 +150,20 @@ class ShardedSnapshots(Snapshots):
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        found: tuple[int, dict[str, Any]] | None = None
+        found = []
         for step in self.numbers() if self.world.rank == 0 else ():
             with suppress(OSError, ValueError, KeyError, FistaPrunerError):
                 content = read_sealed_json(self.folder / f"{step:08d}.json")
                 if step <= last and content["fingerprint"] == fingerprint:
-                    found = step, dict(content["values"])
-        found = self.world.tell(found)
-        if found is None:
+                    found = [step, dict(content["values"])]
+        if not (found := self.world.tell(found)):
             return None
-        reader = FileSystemReader(self.folder / f"{found[0]:08d}")
+        step, values = found
+        reader = FileSystemReader(self.folder / f"{step:08d}")
         tensors: dict[str, Tensor] = {}
         for full in reader.read_metadata().state_dict_metadata:
             kind, _, name = full.partition("/")
             tensors[full] = torch.zeros(()) if kind == "step" else torch.empty_like(trained.parameters[name].detach())
         load(tensors, storage_reader=reader)
         trained.load(tensors)
-        return found[1]
+        return dict(values)

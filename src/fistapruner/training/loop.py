@@ -20,8 +20,7 @@ from ..runs.log import Listener, StepJournal
 from ..runs.store import LEAST_SECONDS, Snapshots
 from ..runtime.show import duration
 
-CHECKS = 8
-"""Checks on what is held out, at equal distances."""
+CHECKS = 8  # on what is held out, at equal distances
 
 BACK_OFF, SMALLEST = 0.3, 0.02
 """Learning-rate factor after a check that is not better, and share of the first rate below which training stops."""
@@ -51,8 +50,7 @@ class Descent:
         return {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[self.fall]
 
 
-OURS = Descent()
-"""What was measured to be good for a few hundred steps."""
+OURS = Descent()  # measured to be good for a few hundred steps
 
 
 @dataclass

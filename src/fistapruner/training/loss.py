@@ -39,14 +39,12 @@ from ..runtime.numerics import BUDGETS, ordered_attention, slices
 from ..runtime.show import Tick, silent
 from ..text.training import Pairs, TrainingText
 
-LENGTHS = 32
-"""Windows of pairs are cut to multiples of this many tokens, so that few lengths occur."""
+LENGTHS = 32  # windows of pairs are cut to multiples of this many tokens, so that few lengths occur
 
 BLOCK_TOKENS = 32768
 """Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""
 
-Run = Callable[[int, Tensor, Call], Tensor]
-"""Runs decoder layer (index, hidden states, its other arguments)."""
+Run = Callable[[int, Tensor, Call], Tensor]  # runs decoder layer (index, hidden states, its other arguments)
 
 
 def token_losses(

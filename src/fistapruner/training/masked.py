@@ -32,8 +32,7 @@ from ..runtime.numerics import seeded
 from ..settings.train import TrainingRecipe
 from .loop import OURS, Descent
 
-ITSELF = ""
-"""Short name of a master that stands for the tensor itself."""
+ITSELF = ""  # short name of a master that stands for the tensor itself
 
 SHARE = 5e-4
 """First learning rate of ``full``, norms and biases, as a share of a tensor's root mean square at the start.
@@ -41,8 +40,7 @@ SHARE = 5e-4
 Measured with ``full`` on SmolLM2-135M, one window a step: 2e-3 is too high, 4e-4 and 5e-4 are equally good.
 """
 
-LORA_RATE = 2e-3
-"""First learning rate of ``lora`` (measured on SmolLM2-135M)."""
+LORA_RATE = 2e-3  # first learning rate of ``lora`` (measured on SmolLM2-135M)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class TrainedLayer(nn.Module):
         super().__init__()
         self.layer, self.pruned, self._low_rank = model.layers[index], set(pruned), low_rank
         self.forms = {**pruned, **dict.fromkeys(sorted(vectors(self.layer)) if also else (), (Form(), False))}
-        self._full = {name: model.full_name(index, name) for name in pruned}
+        self._full = {name: model.full_name(index, name) for name in self.forms}
         self.masters, self.keys = nn.ParameterDict(), dict[str, dict[str, str]]()
         for name, (form, _) in self.forms.items():
             source, start = model.source_of(index, name), self.layer.get_parameter(name).detach().float()
@@ -151,10 +149,10 @@ class TrainedLayer(nn.Module):
         """Compute all effective tensors as the passes use them, differentiable, by name inside the layer."""
         found = {}
         for name in self.keys:
-            dtype, part = self.layer.get_parameter(name).dtype, self._low_rank if name in self.pruned else None
-            value = self.exact(name, dtype if part is None else torch.float32)
-            if part is not None:
-                value = part.added(self._full[name], value, transposed=self.forms[name][1])
+            dtype = self.layer.get_parameter(name).dtype
+            value = self.exact(name, torch.float32 if self._low_rank else dtype)
+            if self._low_rank:
+                value = self._low_rank.added(self._full[name], value, transposed=self.forms[name][1])
             found[name] = value.to(dtype)
         return found
 
@@ -203,8 +201,7 @@ class Masters:
             if (gradient := self.parameters[name].grad) is not None:
                 local(gradient).mul_(mask)
         gradients = [each.grad for each in self.parameters.values() if each.grad is not None]
-        size = float(whole(torch.nn.utils.get_total_norm(gradients)))
-        if math.isfinite(size):
+        if math.isfinite(size := float(whole(torch.nn.utils.get_total_norm(gradients)))):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[group["name"]] * factor
             self.optimizer.step()

@@ -34,8 +34,7 @@ from .masked import trained_layer
 GROWTH, RESERVE = 256 * 2**20, 0.9
 """Memory that comes after the plan (code, text, fragments), and the share of free memory that a run may take."""
 
-MASTER_BYTES = 4 + 4 + 8 + 4
-"""Bytes of a trained number."""
+MASTER_BYTES = 4 + 4 + 8 + 4  # of a trained number
 
 
 @dataclass

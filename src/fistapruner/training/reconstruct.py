@@ -38,19 +38,17 @@ from ..runtime.numerics import ordered_attention
 from .loop import CHECKS, Loop
 from .masked import ITSELF, Form, Masters, TrainedLayer, root_mean_square
 
-RATE = 0.01
-"""First step size of AdamW, as a share of a tensor's root mean square over surviving weights."""
+RATE = 0.01  # first step size of AdamW, as a share of a tensor's root mean square over surviving weights
 
 VALIDATE_EVERY = MAX_VALIDATION_WINDOWS = 8
 """Every 8th calibration window is for validation, but at most 8: more would not change the choice, and take time."""
 
-SHRINKAGE = 0.1
-"""Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
+SHRINKAGE = 0.1  # share of the metric that its mean eigenvalue replaces, since it was measured on few tokens
 
 
 @dataclass(frozen=True)
 class _SumOfParts(Form):
-    """A sparse and a low-rank part of one operator, both trained: (m, n), A and B, by short name."""
+    """A sparse and a low-rank part of one operator, both trained: (m, n), :data:`A` and ``B``, by short name."""
 
     operator: str
     parts: Mapping[str, Tensor]
@@ -59,7 +57,7 @@ class _SumOfParts(Form):
         return {short: part.float().clone() for short, part in self.parts.items()}
 
     def weight(self, weight: Tensor, masters: Mapping[str, Tensor]) -> Tensor:
-        return masters[ITSELF] + masters["B"] @ masters["A"]
+        return masters[ITSELF] + masters[B] @ masters[A]
 
 
 def reconstruct_layer(
@@ -91,7 +89,7 @@ def reconstruct_layer(
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
         layer = TrainedLayer(model, index, _forms(model, index, groups, parts))
         rates = {key: rate * root_mean_square(each.detach()) for key, each in layer.masters.items()}
-        masters = Masters(dict(layer.masters.items()), rates, layer.masked)
+        masters = Masters(dict(layer.masters), rates, layer.masked)
         loss = BlockLoss(inputs, wanted, metric, model.device)
         held, train = _split(inputs.samples)
         generator = torch.Generator().manual_seed((seed * 100_003 + index) % 2**63)
@@ -107,9 +105,8 @@ def reconstruct_layer(
             with torch.enable_grad():
                 found = value(order[number - 1])
                 (found * up).backward()
-            for each in masters.parameters.values():
-                if each.grad is not None:
-                    each.grad.div_(up)
+            for each in (each for each in layer.masters.values() if each.grad is not None):
+                each.grad.div_(up)
             return float(found.detach()), masters.step(factor)
 
         def held_out() -> tuple[float, dict[str, float]]:
@@ -119,14 +116,8 @@ def reconstruct_layer(
         state = Loop(masters, steps, step, held_out).run()
     # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
     weights = _write(model, index, layer) if state.best_step else {}
-    record = {
-        "steps": state.step,
-        "kept_step": state.best_step,
-        "held_out_windows": len(held),
-        "held_out_before": state.before,
-        "held_out_after": state.best,
-    }
-    return weights, record
+    steps_taken = {"steps": state.step, "kept_step": state.best_step, "held_out_windows": len(held)}
+    return weights, {**steps_taken, "held_out_before": state.before, "held_out_after": state.best}
 
 
 def _forms(
@@ -138,7 +129,7 @@ def _forms(
         name, form = model.full_name(index, operator.name), Form()
         if name + A in parts:
             sparse = parts[model.source(f"{name}.weight")]
-            found = {ITSELF: sparse.T if operator.transposed else sparse, "A": parts[name + A], "B": parts[name + B]}
+            found = {ITSELF: sparse.T if operator.transposed else sparse, A: parts[name + A], B: parts[name + B]}
             form = _SumOfParts(name, {short: part.to(model.device, model.dtype) for short, part in found.items()})
         forms[f"{operator.name}.weight"] = (form, operator.transposed)
     return forms
@@ -158,7 +149,7 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
             value = torch.where((value == 0) | (start == 0), start, value)
         stored[source] = model.result(source, value.contiguous())
         if isinstance(form, _SumOfParts):
-            for suffix, factor in ((A, masters["A"]), (B, masters["B"])):
+            for suffix, factor in masters.items():
                 stored[form.operator + suffix] = model.result(source, model.rounded(source, factor).contiguous())
             parts = stored[source], stored[form.operator + A], stored[form.operator + B]
             value = sum_of_parts(*parts, transposed=transposed).to(parameter.dtype)

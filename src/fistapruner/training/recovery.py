@@ -56,8 +56,7 @@ from .loss import Objective, Teacher
 from .masked import Trained, descent_of
 from .plan import Plan, plan_training
 
-TRAINING_SEQLEN = 1024
-"""Longest training window by default."""
+TRAINING_SEQLEN = 1024  # longest window by default
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,9 @@ class Request:
         return None if run is None else run.record()
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> Any:
         """All settings as a user asked for them, with absolute paths."""
-        settings: dict[str, Any] = self.recipe.with_absolute_files().model_dump(mode="json")
-        return settings
+        return self.recipe.with_absolute_files().model_dump(mode="json")
 
     def evaluation(self, begun: settled.TrainingRecord | None = None) -> settled.EvaluationRequest | None:
         """Return the text to evaluate on: as asked, of the begun run, or of the input's run; or None."""
@@ -128,10 +126,9 @@ class Recovery:
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
-    texts: ClassVar[str] = "source"
-    """Name in ``data`` of what is trained on; ``window`` is that of the tokens in a window."""
+    texts: ClassVar[str] = "source"  # name in ``data`` of what is trained on
     choices: ClassVar[str] = "self, python, c4, or a text file"
-    window: ClassVar[str] = "seqlen"
+    window: ClassVar[str] = "seqlen"  # name in ``data`` of the tokens in a window
     progress: ClassVar[str] = "recovery steps"
 
     def __init__(self, request: Request, listener: Listener, world: World | None = None) -> None:
@@ -177,8 +174,8 @@ class Recovery:
 
         def load_model() -> Any:
             source, model = self.dense_source or self.source, self.dense or self.model
-            limit = recipe.execution.memory_limit
-            return load_writer(source, model, windows + MAX_HELD_OUT_WINDOWS, seqlen, limit, "--data")
+            most = windows + MAX_HELD_OUT_WINDOWS
+            return load_writer(source, model, most, seqlen, recipe.execution.memory_limit, "--data")
 
         tokens = count(min(data.tokens, windows * seqlen))
         say(f"training text: {tokens} tokens in windows of {seqlen} from {', '.join(data.sources.values())}")
@@ -347,7 +344,6 @@ class Recovery:
         self.recipe = recipe = recipe.model_copy(update={"execution": request.recipe.execution})
         same = self.text and sha256_file(run.text_file) == decision.windows_sha256
         self._require_same(run.text_file, same)
-        self._require_same(decision.folder, decision.folder.is_dir())
         self.model = self.opened(decision.folder)
         self.low_rank = LowRankAdapter.beside(decision.folder)
         self.fingerprint = identity(recipe, self.model, self.text, decision)
@@ -362,18 +358,17 @@ class Recovery:
                 f"{what} is gone or damaged, or not what the run in {self.run.folder} began with: name another --out"
             )
 
-    def opened(self, folder: Path) -> LayerwiseModel:
-        """Open a model with the precision of the run's passes."""
-        return open_model(self.permissions.at(folder), self.recipe, dtype=self.decision.numerics.dtype)
+    def opened(self, folder: Path, stamps: tuple[tuple[str, str], ...] | None = None) -> LayerwiseModel:
+        """Open a model with the precision of the run's passes; with ``stamps``, it must have the same files."""
+        self._require_same(folder, folder.is_dir())
+        model = open_model(self.permissions.at(folder), self.recipe, dtype=self.decision.numerics.dtype)
+        self._require_same(folder, stamps is None or stamps == tuple(settled.stamps(model.checkpoint)))
+        return model
 
     def open_dense(self) -> LayerwiseModel:
         """Open the dense model, which must be the one that the run began with."""
-        folder = self.decision.dense
-        assert folder is not None
-        self._require_same(folder, folder.is_dir())
-        dense = self.opened(folder)
-        self._require_same(folder, tuple(settled.stamps(dense.checkpoint)) == self.decision.dense_stamps)
-        return dense
+        assert self.decision.dense is not None
+        return self.opened(self.decision.dense, self.decision.dense_stamps)
 
     @contextmanager
     def trained(self, after_snapshot: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, State]]:
