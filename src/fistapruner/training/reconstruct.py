@@ -48,7 +48,7 @@ SHRINKAGE = 0.1  # share of the metric that its mean eigenvalue replaces, since 
 
 @dataclass(frozen=True)
 class _SumOfParts(Form):
-    """A sparse and a low-rank part of one operator, both trained: (m, n), :data:`A` and ``B``, by short name."""
+    """A sparse and a low-rank part of one operator, both trained: (m, n), A and B, by short name."""
 
     operator: str
     parts: Mapping[str, Tensor]
