@@ -5,7 +5,8 @@
 
 For each mutant, one place of a temporary copy of the package is changed, and the tests of its area run until one
 fails. The same seed draws the same places as long as their statements stand, as many of each area as of the others.
-``--beside`` gives the same mutants to the tests of an older checkout as well; only places that stand in both are drawn.
+``--beside`` gives the mutants that are missed to the tests of an older checkout: those that only these catch are what
+was lost. Only places that stand in both are drawn.
 A row that the file of ``--out`` has already is not computed again. Some mutants compute the same and cannot be caught.
 """
 
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--areas", default=",".join(AREAS), help="separated by commas")
     parser.add_argument("--number", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", type=Path, help="an older checkout, whose tests are given the same mutants")
+    parser.add_argument("--beside", type=Path, help="an older checkout, whose tests are given the missed mutants")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for the tests of a mutant")
     parser.add_argument("--python", default=sys.executable, help="the command that runs Python")
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
@@ -165,6 +166,8 @@ def main() -> None:
     for area, name in chosen:
         row = rows.setdefault(name, {"area": area})
         for when, checkout in checkouts.items():
+            if when == "before" and row["now"]["became"] != "missed":
+                continue
             mutant = found[f"{when} {area}"][name]
             if when not in row:
                 row[when] = {"file": f"{mutant.path}:{mutant.node.lineno}"} | check(
@@ -173,7 +176,7 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"{when:6} {row[when]['became']:8} {row[when]['file']}  {name}  {row[when]['by']}", flush=True)
     for when in checkouts:
-        print(when, dict(Counter(rows[name][when]["became"] for _, name in chosen)))
+        print(when, dict(Counter(rows[name][when]["became"] for _, name in chosen if when in rows[name])))
 
 
 if __name__ == "__main__":
