@@ -13,8 +13,7 @@ from torch import Tensor
 from fistapruner import FistaPrunerError
 from fistapruner.core import NM, Constraint, LayerProblem, Unstructured
 from fistapruner.core.constraints import stack
-from fistapruner.solvers import METHODS, Method, Solution, parse_method, setting, solve
-from fistapruner.solvers.alps import ALPS
+from fistapruner.solvers import METHODS, Solution, parse_method, setting, solve
 from fistapruner.solvers.scores import Magnitude
 from layer_problems import (
     CHAINS,
@@ -246,12 +245,6 @@ def test_a_newcomer_takes_its_place_in_a_chain() -> None:
         solve(problem, "2:4", Warns(said=1e300))
     with pytest.raises(FistaPrunerError, match="fc1: the weights contain NaN"):
         solve(replace(problem, weight=problem.weight / 0, energy=torch.ones(8)), "2:4", Warns())
-
-
-@pytest.mark.parametrize("method", [ALPS(rho=1e300), ALPS(damping=1e300)])
-def test_arguments_beyond_fp32_are_named(method: Method) -> None:
-    with pytest.raises(FistaPrunerError, match=r"fc1: ALPS.*1e\+300.* NaN or infinite"):
-        solve(make_problem(), "50%", method)
 
 
 WRONG: list[tuple[Any, str]] = [

@@ -50,7 +50,7 @@ class ADMM(Method):
         centre, gram, warnings = problem.regularised(Ridge(own=self.damping))
         scale = gram.diagonal().sqrt() / (1.0 + self.damping) ** 0.5
         key = self.name, self.damping, self.rho
-        resolvent = problem.cached(key, lambda: resolvents(scaled(gram, scale), many=False)(self.rho))
+        resolvent = problem.cached(key, lambda: resolvents(scaled(gram, scale))(self.rho))
         growing = min(self.growing, self.iterations)
         mask = torch.empty(0)
         step = 0

@@ -121,7 +121,7 @@ class Metric:
             if length > 1:
                 order = strided_order(len(gram), length, gram.device)
                 gram = gram[order][:, order]
-            return resolvents(gram, fast=True)
+            return resolvents(gram)
 
         return problem.cached((*self.key, length), compute)
 
