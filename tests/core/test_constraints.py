@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fistapruner import FistaPrunerError
 from fistapruner.core import NM, Constraint, Stacked, Unstructured, parse_sparsity
-from fistapruner.core.constraints import KINDS, Scope, counted_sparsity, stack
+from fistapruner.core.constraints import KINDS, Scope, counted_sparsity, patterns_met, stack
 from fistapruner.core.selection import GroupThreshold, SampledThreshold, keep_largest, keep_n_of_m
 from layer_problems import EXAMPLES, every_constraint, registered
 
@@ -243,3 +243,15 @@ def test_sampled_thresholds_settle_near_the_wanted_share(shape: tuple[int, int],
         threshold(values, out, correct=correct)
     wanted = round((1 - share) * values.numel())
     assert int((out != 0).sum()) == pytest.approx(wanted, abs=max(1, 0.002 * values.numel()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 6, 12, 16, 32, 96]), st.floats(0, 1), st.integers(0, 99))
+def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, density: float, seed: int) -> None:
+    weight = (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density).float()
+    lengths = [m for m in (2, 4, 8, 16, 32) if columns % m == 0]
+    counts = {m: int(weight.view(rows, -1, m).sum(-1).max()) for m in lengths}
+    found = patterns_met(weight, 32)
+    assert found == [NM(max(1, n), m) for m, n in counts.items() if max(1, n) < m]
+    assert all(pattern.satisfies(weight) for pattern in found)
+    assert not any(NM(pattern.n - 1, pattern.m).satisfies(weight) for pattern in found if pattern.n > 1)

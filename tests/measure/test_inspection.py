@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner import NM, FistaPrunerError
-from fistapruner.core.constraints import patterns_met
+from fistapruner import FistaPrunerError
 from fistapruner.measure.inspection import exact_pattern, inspect_checkpoint
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layers import LayerwiseModel
@@ -234,20 +231,7 @@ def test_a_pattern_that_keeps_more_than_5_percent_too_many_is_none(removed: int,
     weight[8 : 8 + 4 * removed : 4] = 0
     pattern = exact_pattern(weight.view(5, 80), 200 + removed)
     assert found == (None if pattern is None else str(pattern))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.sampled_from([1, 6, 12, 16, 32, 96]), st.floats(0, 1), st.integers(0, 99))
-def test_patterns_are_those_that_every_group_shows(rows: int, columns: int, density: float, seed: int) -> None:
-    weight = (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density).float()
-    lengths = [m for m in (2, 4, 8, 16, 32) if columns % m == 0]
-    counts = {m: int(weight.view(rows, -1, m).sum(-1).max()) for m in lengths}
-    found = patterns_met(weight, 32)
-    assert found == [NM(max(1, n), m) for m, n in counts.items() if max(1, n) < m]
-    assert all(pattern.satisfies(weight) for pattern in found)
-    assert not any(NM(pattern.n - 1, pattern.m).satisfies(weight) for pattern in found if pattern.n > 1)
-    if not weight.any():
-        assert exact_pattern(weight, weight.numel()) is None
+    assert exact_pattern(torch.zeros(4, 16), 64) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
