@@ -37,7 +37,15 @@ from .runs.directory import PruneDirectory, refuse_out
 from .runs.log import LOCK, Listener, hold
 from .runs.records import FIGURES, RUNS, TABLE, CompareRow, Comparison, Evaluation, ModelFacts, Report, load_comparison
 from .runs.settled import flat_settings, interrupted_with, stamps, text_sha256
-from .runtime.files import PARTIAL, disk_errors, entries, json_sha256, write_json_atomic, write_text_atomic
+from .runtime.files import (
+    PARTIAL,
+    disk_errors,
+    entries,
+    json_sha256,
+    remove_folder,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .runtime.machine import now, versions
 from .runtime.numerics import dtype_name, undisturbed
 from .settings.parse import load_recipe_settings, merge_settings, read_assignments, shipped_recipes
@@ -320,8 +328,10 @@ class _Rows:
     def _report(self, run: PruneDirectory, recipe: Recipe) -> Report:
         """Prune and measure, or read the report of a run that was pruned and measured so before."""
         found = self._finished(run, recipe)
-        if found is not None and not (self.keep and run.model_fault(found.fingerprint or "")):
-            return found
+        if found is not None:
+            if not self.keep or run.has_model(found.fingerprint):
+                return found
+            remove_folder(run.folder)  # an earlier comparison has kept no checkpoints
         report = prune(
             self.model,
             run.folder,
@@ -348,7 +358,8 @@ class _Rows:
             report.evaluations.append(measured)
             publish(run, report, Listener())  # pruning has named the report already
         if not self.keep:
-            run.remove_weights()
+            remove_folder(run.model)
+            remove_folder(run.adapter)
         return report
 
     def _finished(self, run: PruneDirectory, recipe: Recipe) -> Report | None:

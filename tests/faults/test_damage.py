@@ -54,22 +54,18 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "empty record": cut_to("0000.json", 0),
     "endless record": cut_to("0000.json", 0, b"[" * 100_000),
     "damaged calibration tokens": flip("../calibration.safetensors", 0.9),
-    "damaged report": flip("../report.json", 0.0),
     "damaged log": flip("../log.txt", 0.5),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_made_good(runs: Runs, disk: Path, damage: Callable[[Path], None]) -> None:
-    out = disk / "run"
-    shutil.copytree(runs.undisturbed, out)
-    shutil.rmtree(out / "model")
+    out = runs.unwritten(disk / "run")
     if damage is foreign:
-        other = runs.run(disk / "other", "--seed", "5")
-        assert other.status == 0, other.stderr
+        runs.unwritten(disk / "other", "--seed", "5")
     (out / "log.txt").write_text("an older line\n")
     damage(out / "layers")
     runs.check_resumed(out)
     log = (out / "log.txt").read_text()
-    if damage not in (DAMAGES["damaged report"], DAMAGES["damaged log"]):
-        assert "again" in log
+    if damage is not DAMAGES["damaged log"]:
+        assert "does not count" in log or "made again" in log

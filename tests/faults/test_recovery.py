@@ -120,20 +120,16 @@ OTHERS: dict[str, Callable[[Path], None]] = {
 def test_damage_is_made_good(recoveries: Runs, disk: Path, damage: Callable[[Path], None]) -> None:
     """In a run whose checkpoint is still to be written."""
     if damage is foreign_state:
-        other = recoveries.run(disk / "other", "--seed", "5")
-        assert other.status == 0, other.stderr
-    out = Path(shutil.copytree(recoveries.undisturbed, disk / "run"))
-    for name in ("report.json", "model.json", "model"):
-        drop(name)(out)
+        recoveries.unwritten(disk / "other", "--seed", "5")
+    out = recoveries.unwritten(disk / "run")
     damage(out)
     recoveries.check_resumed(out)
 
 
 def test_stopped_between_training_and_writing(recoveries: Runs, disk: Path) -> None:
     """Nothing is trained again."""
-    out = Path(shutil.copytree(recoveries.undisturbed, disk / "run"))
-    for name in ("report.json", "model.json", "log.txt", "model"):
-        drop(name)(out)
+    out = recoveries.unwritten(disk / "run")
+    drop("log.txt")(out)
     recoveries.check_resumed(out)
     assert "held-out" not in (out / "log.txt").read_text()
 
@@ -163,10 +159,8 @@ def test_changed_pairs_are_not_read_and_damaged_windows_refused(alignments: Runs
     finally:
         pairs.write_text(before)
     alignments.check_resumed(out)
-    (out / "report.json").unlink()
-    drop("states")(out)
-    drop("model")(out)
-    flip("windows.safetensors", 0.9)(out)
-    outcome = alignments.do(["resume", str(out)])
+    unfinished = begun(alignments, disk / "unfinished")
+    flip("windows.safetensors", 0.9)(unfinished)
+    outcome = alignments.do(["resume", str(unfinished)])
     assert outcome.status == 2
     assert "windows.safetensors is gone or damaged" in outcome.stderr.splitlines()[-1]

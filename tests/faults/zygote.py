@@ -7,6 +7,7 @@ a fork: what it imports, and what a plan measures once in a process, its success
 
 Faults, all optional:
     {"kill_after": seconds}      SIGKILL at that instant
+    {"name": path, "then": what}  at the first call that changes a path with this in it, or
     {"at": k, "then": what}      at the k-th call that changes the disk:
         kill                     die before it
         tear                     die half-way through it: half of the bytes are written
@@ -38,7 +39,7 @@ class Disk:
         self.calls = 0
         self.writes: list[int] = []
         self.at = fault.get("at", -1)
-        self.then = fault.get("then", "")
+        self.name, self.then = fault.get("name"), fault.get("then", "")
         self.unsafe: dict[int, int] = {}  # inode -> our own descriptor of a file with unsynced bytes
         self.real = {name: getattr(os, name) for name in CHANGES}
         for name in CHANGES:
@@ -53,7 +54,8 @@ class Disk:
             self.calls += 1
             if name == "pwrite":
                 self.writes.append(self.calls)
-            if self.calls == self.at or (self.then == "full" and self.calls > self.at > 0):
+            named = self.name is not None and self.name in str(args[0])
+            if named or self.calls == self.at or (self.then == "full" and self.calls > self.at > 0):
                 self.fail(name, args)
             result = real(*args, **kwargs)
             if name == "pwrite":

@@ -185,14 +185,10 @@ def test_a_dense_model_that_has_changed_or_gone_is_not_compared_with(tmp_path: P
     assert fp.evaluate(run, text, seqlen=16, windows=2, against=same).reference is not None
 
 
-def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(tmp_path: Path) -> None:
+def test_what_a_recovered_run_began_with_is_measured_beside_it(tmp_path: Path) -> None:
     folder, text = make(tmp_path), str(tmp_path / "text.txt")
     fp.evaluate(folder / "recovered", text, seqlen=16, windows=2)
-    before = load_run(folder / "recovered").recovery.before
-    assert len(before) == 1
-    shutil.rmtree(folder / "recovered" / "model")
-    again = fp.recover(folder / "run", folder / "recovered", **TRAINING)
-    assert again.recovery.before == before
+    assert len(load_run(folder / "recovered").recovery.before) == 1
     assert "| before | recovered |" in (folder / "recovered" / "model" / "README.md").read_text()
 
 

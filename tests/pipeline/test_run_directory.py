@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 import fistapruner as fp
 import tiny
 from fistapruner.measure.speed import Variant, load_variant
-from fistapruner.runs.directory import PruneDirectory, checkpoint_of
+from fistapruner.runs.directory import PruneDirectory
 from fistapruner.runs.records import load_run
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -83,20 +82,18 @@ def test_an_output_that_is_the_input_is_refused_and_kept(run: Path, finished: Pa
     assert contents(run) == before
 
 
-def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
-    """A damaged checkpoint is not made again over files that somebody put beside it, nor without its list of files."""
-    cut(run)
-    (run / "model" / "notes.txt").write_text("years of work")
-    before = contents(run / "model")
-    for said in (r"notes\.txt was not written by this run: move", "model.json is gone"):
-        with pytest.raises(fp.FistaPrunerError, match=said):
-            fp.resume(run)
-        assert contents(run / "model") == before
-        (run / "model.json").unlink(missing_ok=True)
+def test_a_folder_of_others_in_the_place_of_the_checkpoint_is_kept(dense: Path, tmp_path: Path) -> None:
+    tiny.begin(dense, tmp_path / "run", **SETTINGS)
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "notes.txt").write_text("years of work")
+    with pytest.raises(fp.FistaPrunerError, match=r"run/model exists already: remove it"):
+        fp.resume(tmp_path / "run")
+    assert contents(tmp_path / "run" / "model") == {"notes.txt": b"years of work"}
 
 
-def test_a_folder_of_others_beside_a_new_one_is_kept(run: Path, tmp_path: Path) -> None:
+def test_a_folder_of_others_beside_a_new_one_is_kept(dense: Path, run: Path, tmp_path: Path) -> None:
     source = (run / "model").rename(tmp_path / "out.partial")
+    tiny.begin(dense, run := tmp_path / "begun", **SETTINGS)
     fp.pack(source, tmp_path / "packed", values="bf16")
     for folder in (tmp_path / "back.partial", run / "model.partial"):
         folder.mkdir()
@@ -109,84 +106,20 @@ def test_a_folder_of_others_beside_a_new_one_is_kept(run: Path, tmp_path: Path) 
     assert all(after[name] == data for name, data in before.items() if ".partial" in name)
 
 
-def cut(run: Path) -> None:
-    shard = next((run / "model").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-
-
-def flip(run: Path) -> None:
-    shard = next((run / "model").glob("*.safetensors"))
-    data = bytearray(shard.read_bytes())
-    data[-3] ^= 1
-    shard.write_bytes(data)
-
-
-def drop_shard(run: Path) -> None:
-    next((run / "model").glob("*.safetensors")).unlink()
-
-
-def drop_all(run: Path) -> None:
-    shutil.rmtree(run / "model")
-
-
-def cut_text(name: str) -> Callable[[Path], None]:
-    def damage(run: Path) -> None:
-        path = run / "model" / f"{name}.json"
+@pytest.mark.parametrize(
+    "name", ["model", "config.json", "fistapruner.json", "model.safetensors.index.json", "model-*"]
+)
+def test_a_finished_checkpoint_that_is_damaged_is_not_measured(run: Path, name: str, cli: tiny.Cli) -> None:
+    """The file is named, and the report stays."""
+    path = run / "model" if name == "model" else next((run / "model").glob(name))
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(fp.FistaPrunerError, match=rf"{name}.json is not valid JSON.*: make the checkpoint again"):
-            checkpoint_of(run)
-
-    return damage
-
-
-def empty_record(run: Path) -> None:
-    (run / "model" / "fistapruner.json").write_text("{}")
-    with pytest.raises(fp.FistaPrunerError, match="is not of this run, or is damaged: make the checkpoint again with"):
-        checkpoint_of(run)
-
-
-DAMAGES = {damage.__name__: damage for damage in (cut, flip, drop_shard, drop_all, empty_record)}
-DAMAGES |= {f"cut {name}": cut_text(name) for name in ("config", "fistapruner", "model.safetensors.index", "tokenizer")}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_finished_checkpoint_that_is_damaged_is_made_again(run: Path, damage: str, cli: tiny.Cli) -> None:
-    weights, before = tiny.weights(run), contents(run / "model")
-    [measured] = load_run(run).evaluations
-    DAMAGES[damage](run)
-    assert not (run / "model").is_dir() or contents(run / "model") != before
-    if damage != "drop_all":
-        assert "fistapruner resume" in cli("bench", run, status=2).err
-    assert "the checkpoint is made again: " in cli("resume", run).err
-    assert tiny.weights(run) == weights
-    after = contents(run / "model")
-    assert after.keys() == before.keys()
-    for name in (name for name in before if name.endswith(".json")):
-        assert json.loads(after[name]).keys() == json.loads(before[name]).keys()
-    assert load_run(run).evaluations == [measured]
-
-
-def test_a_checkpoint_without_its_list_of_files_is_taken_over(run: Path) -> None:
-    """As a kill right after the checkpoint was written leaves it."""
-    record, written = (run / "model.json").read_text(), next((run / "model").glob("*.safetensors")).stat().st_mtime_ns
-    (run / "model.json").unlink()
-    (run / "report.json").unlink()
-    assert fp.resume(run).status == "finished"
-    assert (run / "model.json").read_text() == record
-    assert next((run / "model").glob("*.safetensors")).stat().st_mtime_ns == written
-
-
-def test_the_command_of_a_damaged_run_makes_its_checkpoint_and_report_again(
-    dense: Path, run: Path, cli: tiny.Cli
-) -> None:
-    before = tiny.weights(run)
-    cut(run)
-    fp.prune(dense, run, **MEASURED)
-    assert tiny.weights(run) == before
-    (run / "report.json").write_text("{")
-    assert f"make it again with 'fistapruner resume {run}'" in cli("status", run, status=2).err
-    cli("resume", run)
-    cli("status", run)
+    before = load_run(run)
+    for verb in ("bench", "resume") if name == "model" else ("bench",):
+        assert str(path) in cli(verb, run, status=2).err
+    assert load_run(run) == before
 
 
 def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:
@@ -276,11 +209,11 @@ def test_a_run_goes_on_from_another_folder_and_is_the_same_under_any_spelling(
     monkeypatch.chdir(tmp_path / "elsewhere")
     report = fp.resume(tmp_path / "run")
     assert report.status == "finished"
-    before = (tmp_path / "run" / "model.json").stat().st_mtime_ns
+    before = (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns
     for source in ("../text.txt", str(tmp_path / "." / "elsewhere" / ".." / "text.txt")):
         settings["calibration"]["source"] = source
         assert fp.prune(dense, tmp_path / "run", **settings).evaluations == report.evaluations
-    assert (tmp_path / "run" / "model.json").stat().st_mtime_ns == before
+    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("other", ["seed", "model", "text", "tokens", "torch", "order of an allocation"])
@@ -319,12 +252,12 @@ def test_anything_else_is_another_run(dense: Path, tmp_path: Path, other: str) -
 def test_the_same_files_at_another_place_are_the_model_of_the_run(dense: Path, tmp_path: Path) -> None:
     model, elsewhere, run = Path(shutil.copytree(dense, tmp_path / "a")), tmp_path / "b", tmp_path / "run"
     tiny.begin(model, run, **SETTINGS)
-    layer = (run / "layers" / "0000.safetensors").stat().st_mtime_ns
+    solved: list[int] = []
     model.rename(elsewhere)
     with pytest.raises(fp.FistaPrunerError, match=re.escape(str(model))):
         fp.resume(run)
-    assert fp.prune(elsewhere, run, **SETTINGS).status == "finished"
-    assert (run / "layers" / "0000.safetensors").stat().st_mtime_ns == layer
+    report = fp.prune(elsewhere, run, **SETTINGS, inspect=lambda layer, *_: solved.append(layer))
+    assert (report.status, set(solved)) == ("finished", {1})
     (tmp_path / "alias").symlink_to(elsewhere)
     for name in (tmp_path / "alias", elsewhere / ".." / "b"):
         told = tiny.Said()
@@ -341,14 +274,22 @@ def test_what_was_measured_is_measured_again_where_its_file_is_damaged(
     """To the same bits: no layer is pruned again."""
     run, settings = PruneDirectory(tmp_path / "run"), {**SETTINGS, "weighting": "fisher"}
     solved: list[int] = []
-    fp.prune(dense, run.folder, **settings)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fp.prune(dense, tmp_path / "whole", **settings)
+    tiny.begin(dense, run.folder, layers=1, **settings)
     before = contents(run.folder)
-    for data in (before[f"{damaged}.safetensors"][:-4] + b"0000", b""):
-        (run.folder / f"{damaged}.safetensors").write_bytes(data)
-        run.report_file.unlink()
-        fp.prune(dense, run.folder, **settings, inspect=lambda layer, *_: solved.append(layer))
-        assert contents(run.folder)[f"{damaged}.safetensors"] == before[f"{damaged}.safetensors"]
-    assert not solved
+    path = run.folder / f"{damaged}.safetensors"
+    for data in (before[path.name][:-4] + b"0000", b""):
+        path.write_bytes(data)
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(dense, run.folder, **settings, inspect=stop)
+        assert path.read_bytes() == before[path.name]
+    fp.prune(dense, run.folder, **settings, inspect=lambda layer, *_: solved.append(layer))
+    assert set(solved) == {1}
+    assert tiny.weights(run.folder) == tiny.weights(tmp_path / "whole")
 
 
 def test_a_run_whose_evaluation_text_is_gone_goes_on_without_it(dense: Path, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.checkpoint import PRUNING_RECORD
 from fistapruner.runs.directory import LayerJournal, PruneDirectory, RunDirectory, TrainingDirectory, refuse_out
 from fistapruner.runs.log import Listener, Logged, StepJournal, hold, log_file, spent
 from fistapruner.runs.records import LayerEntry, ModelFacts, load_run
 from fistapruner.runs.settled import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.store import Snapshots
-from fistapruner.runtime.files import remove_folder, unfinished, write_sealed_json, write_text_atomic
+from fistapruner.runtime.files import remove_folder, write_sealed_json, write_text_atomic
 
 NUMERICS = Numerics(batch_size=2, threads=1, device="cpu", dtype="float32")
 
@@ -36,15 +35,6 @@ def begin(folder: Path) -> TrainingDirectory:
     return run
 
 
-def write_model(run: RunDirectory) -> None:
-    """Write a checkpoint with a file in a folder."""
-    (run.model / "templates").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "templates/one.jinja"):
-        (run.model / name).touch()
-    (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
-    run.write_model_record("run")
-
-
 def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
     """A path below a link to nothing; for files see the tests of the command line."""
     (tmp_path / "link").symlink_to("gone")
@@ -57,18 +47,15 @@ def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
     refuse_out(tmp_path / "new" / "run")
 
 
-def test_nothing_as_large_as_the_model_stays_of_a_run_without_weights(tmp_path: Path) -> None:
-    """Nor of an attempt at it that was killed."""
-    run = PruneDirectory(tmp_path)
-    write_model(run)
-    kept = ["layers/0000.json", "layers/notes.txt", "model.json"]
-    large = ["layers/0000.safetensors", "layers/0001.safetensors", "layers/0002.safetensors.partial"]
-    large += [f"{unfinished(Path(name))}/model.safetensors" for name in ("model", "adapter")] + ["hidden/states"]
-    for name in (*kept, *large):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    run.remove_weights()
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == kept
+def test_only_what_another_process_reads_stays_of_a_finished_run(tmp_path: Path) -> None:
+    for number, run in enumerate((PruneDirectory(tmp_path / "0"), TrainingDirectory(tmp_path / "1", "recover"))):
+        working = ["layers/0000.json", "hidden/states", "metrics.safetensors", "bypass.safetensors"]
+        working = ["teacher/0.safetensors", "states/1.json"] if number else working
+        for name in ("report.json", run.text_file.name, *working):
+            (run.folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (run.folder / name).touch()
+        run.remove_working_files()
+        assert sorted(path.name for path in run.folder.rglob("*")) == sorted(["report.json", run.text_file.name])
 
 
 def test_a_verb_keeps_its_own_decision_and_readers_see_what_all_verbs_have(tmp_path: Path) -> None:
@@ -206,15 +193,9 @@ def test_what_systems_leave_in_every_folder_is_nobodys_file(tmp_path: Path, name
         run.folder.mkdir()
         (run.folder / name).touch()
         run.check_place()
-        run.model.mkdir()
-        (run.model / name).touch()
-        write_model(run)
-        assert name not in (run.model_record() or {})["files"]
-        run.remove_model()
-        assert not run.model.exists()
     (run.folder / name).unlink()
     (run.folder / name).mkdir()  # no file of a system
-    with pytest.raises(FistaPrunerError, match=rf"other things in it \({re.escape(name)}, model\.json\)"):
+    with pytest.raises(FistaPrunerError, match=rf"other things in it \({re.escape(name)}\)"):
         run.check_place()
 
 
@@ -257,21 +238,6 @@ def test_a_record_that_is_no_sealed_object_counts_as_damaged(tmp_path: Path, con
         record.write_text(content, "latin-1")
     assert journal.finished(0, "run") is None
     assert snapshots.newest("run") is None
-
-
-def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
-    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
-) -> None:
-    run, removals, killed = RunDirectory(tmp_path), 0, True
-    while killed:
-        removals += 1
-        write_model(run)
-        killed = kill_removal(run.remove_model, removals)
-        if run.model.exists():
-            run.remove_model()
-        assert not run.model.exists()
-        assert run.model_file.exists()
-    assert removals > 5
 
 
 def test_a_fault_of_the_program_is_in_the_log_with_its_traceback(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
 from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
-from ..runs.directory import PruneDirectory, RunDirectory, refuse_out
+from ..runs.directory import PruneDirectory, RunDirectory, finished_run, refuse_out
 from ..runs.log import Listener, Logged, Times, spent
 from ..runs.records import Report, load_run
 from ..runs.settled import (
@@ -40,7 +40,7 @@ from .context import RunContext
 from .layer import Inspect
 from .settle import Request, check_sources, open_operators, settle
 from .workers import prune_layers, require_ray
-from .write import refuse_foreign_files, reporting_failure, write
+from .write import reporting_failure, write
 
 
 @undisturbed()
@@ -107,17 +107,16 @@ def prune(
         source = source or _find(model, permissions, settled)
         recipe = recipe.resolved(earlier=settled.recipe if settled else None, family=source.family)
         request = Request(model, recipe, source, command, evaluation, tokens)
-        report, fault = None, None
+        report = None if settled is None else run.finished_report(settled.fingerprint)
         if settled is not None:
-            report, fault = run.finished_report(settled.fingerprint)
-            _refuse_another(run, settled, request, finished=report is not None and fault is None)
-        if report is None or fault is not None:
-            if fault is not None:
-                listener.say(fault)
+            _refuse_another(run, settled, request, finished=report is not None)
+        if report is None:
             with spent(out) as times:
-                report = _prune(run, request, settled, report, times, told, inspect)
+                report = _prune(run, request, settled, times, told, inspect)
         else:
+            finished_run(out)
             listener.say(f"{out} holds the finished run of this recipe")
+        run.remove_working_files()
         return measure(run, report, evaluation, recipe.execution, permissions, listener)
 
 
@@ -208,7 +207,6 @@ def _prune(
     run: PruneDirectory,
     request: Request,
     settled: PruneRecord | None,
-    earlier: Report | None,
     times: Times,
     told: Listener,
     inspect: Inspect | None,
@@ -230,13 +228,11 @@ def _prune(
             times.forget()
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, request.source.permissions, request.source.folder.absolute(), model)
-    with nullcontext() if earlier is not None else reporting_failure(run, times):
-        refuse_foreign_files(run, context.fingerprint)
+    with reporting_failure(run, times):
         todo = {i for i in range(len(context.model)) if not run.journal.finished(i, context.fingerprint)}
         shutil.rmtree(run.hidden, ignore_errors=True)  # a killed process may have left some
         if todo:
             refuse_other_versions(run, settled)
-            run.remove_model()
             began = settled.machine.device_name or context.numerics.device
             if began != (here := device_title(context.model.device)):
                 listener.say(f"this run began on {began}; on {here} its last bits may differ")
@@ -249,7 +245,7 @@ def _prune(
                 listener.end()
                 shutil.rmtree(run.hidden, ignore_errors=True)
         alone = len(todo) == len(context.model) and execution.executor == "serial"
-        return write(context, times, listener, earlier, alone=alone)
+        return write(context, times, listener, alone=alone)
 
 
 def _how_to_continue(run: PruneDirectory) -> str:

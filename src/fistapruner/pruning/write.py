@@ -87,14 +87,10 @@ class ChangedTensors:
         return self.checkpoint.read(name) if name in self.checkpoint.orders else None
 
 
-def write(
-    context: RunContext, times: Times, listener: Listener, earlier: Report | None = None, *, alone: bool = False
-) -> Report:
+def write(context: RunContext, times: Times, listener: Listener, *, alone: bool = False) -> Report:
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
-    Args:
-        earlier: report of the finished run whose checkpoint is written again: its measurements stay.
-        alone: this process has pruned all layers, so that the GPU memory it took is that of the run.
+    ``alone`` says that this process has pruned all layers, so that the GPU memory it took is that of the run.
     """
     run, model = context.run, context.model
     record = run.begun_record()
@@ -125,7 +121,6 @@ def write(
         context.fingerprint,
         report,
         {**more, "operators": claims},
-        earlier,
         times,
         listener,
         source=model.checkpoint,
@@ -235,39 +230,26 @@ def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
         raise
 
 
-def refuse_foreign_files(run: RunDirectory, fingerprint: str) -> None:
-    """Refuse others' files in a checkpoint that must be made again, before the work for it."""
-    if run.model.exists() and run.model_fault(fingerprint):
-        run.check_model()
-
-
 def finish(
     run: RunDirectory,
     fingerprint: str,
     report: Report,
     record: Mapping[str, Any],
-    earlier: Report | None,
     times: Times,
     listener: Listener,
     **changes: Any,
 ) -> None:
-    """Write a run's checkpoint, unless a whole one of this run is there, and close its report.
+    """Write a run's checkpoint, unless that of this run is there, and close its report.
 
     Args:
         record: what ``fistapruner.json`` says beside the run: ``operators`` are claims about zeros, by stored weight.
-        earlier: report of the finished run whose checkpoint is written again: its measurements stay.
         **changes: arguments of :func:`fistapruner.models.write.write_checkpoint`.
     """
     begin = time.perf_counter()
     report.stacked_experts = any(map(stack_of, record["operators"]))
     report.finished = now()
     update_stage(report)
-    whole = run.model.exists() and run.model_fault(fingerprint) is None
-    if not whole:
-        if run.model.exists():
-            run.remove_model()  # it is damaged, or its writing was interrupted
-        with disk_errors(run.model_file):
-            run.model_file.unlink(missing_ok=True)  # until the new checkpoint is whole
+    if not run.has_model(fingerprint):
         listener.say("writing the checkpoint")
         own = {
             "version": VERSION,
@@ -281,14 +263,7 @@ def finish(
         more = {key: value for key, value in record.items() if key not in own}
         documents = model_documents(model_card(report), own | more)
         write_checkpoint(out=run.model, documents=documents, **changes)
-    if not whole or run.model_record() is None:  # a kill came between the two
-        run.write_model_record(fingerprint)
-    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
-    if earlier is not None:
-        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-        report.totals.compressed_bytes = earlier.totals.compressed_bytes
-        if report.recovery is not None and earlier.recovery is not None:
-            report.recovery.before = earlier.recovery.before
+    times.note()
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()

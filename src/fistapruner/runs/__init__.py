@@ -8,6 +8,6 @@ Contract:
   settings, model files, texts and versions go on; anything else is another run, and is refused in one sentence.
 - One process works on a run at a time, and decides under its lock (:mod:`.lock`). ``status``, ``inspect`` and
   ``report`` take no lock, and change nothing of a run at work.
-- ``report.json`` (:mod:`.records`, :mod:`.results`) can be written again from the layers. Readers keep unknown keys.
+- A finished run keeps its report (:mod:`.records`, :mod:`.results`) and its checkpoint. Readers keep unknown keys.
 - Only files that a run wrote are ever removed (:mod:`.directory`).
 """

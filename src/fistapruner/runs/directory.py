@@ -5,7 +5,7 @@
         run.json                   model, machine, the decisions before the long work, and a checksum
         lock  log.txt  times.json  who works here, what happened, seconds of every process (:mod:`.log`)
         report.json  report.html   the report
-        model/  model.json         the finished checkpoint; checksums of its weight files, names of its other files
+        model/                     the finished checkpoint
         adapter/                   low-rank parts of the operators, where the recipe asks for them
 
 Of a pruning run:
@@ -39,19 +39,15 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from ..errors import FistaPrunerError
-from ..models.checkpoint import PRUNING_RECORD, READ_BY_TRANSFORMERS, Checkpoint, Orders
-from ..models.low_rank import LowRankAdapter, remove_adapter
-from ..models.record import FOLDER, LOW_RANK
+from ..models.checkpoint import Orders
+from ..models.record import FOLDER, read_pruning_record
 from ..models.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import (
-    BYSTANDERS,
     PARTIAL,
     disk_errors,
     entries,
     read_json,
     read_sealed_json,
-    remove_folder,
-    sampled_sha256,
     sha256_file,
     write_json_atomic,
     write_sealed_json,
@@ -60,7 +56,7 @@ from ..runtime.files import (
 from ..runtime.show import shell_line
 from ..text import tokens_sha256
 from ..text.training import Pairs, TrainingText
-from .log import TIMES, hold, log_file
+from .log import hold, log_file
 from .records import Report, is_run, load_run, parse
 from .settled import PruneRecord, RunRecord, TrainingRecord, interrupted_with
 from .store import LayerJournal, Snapshots
@@ -99,11 +95,13 @@ class RunDirectory(Generic[R_co]):
         verb: whose runs they are; None takes those of all.
         schema: of ``run.json``.
         text_name: stem of the file with the run's text, which is the first that is written.
+        working: names of what only an unfinished run needs.
     """
 
     verb: str | None = None
     schema: ClassVar[type[RunRecord]] = RunRecord
     text_name: ClassVar[str] = "windows"
+    working: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,7 +112,6 @@ class RunDirectory(Generic[R_co]):
         self.log_file = folder / "log.txt"
         self.text_file = folder / f"{self.text_name}.safetensors"
         self.model = folder / "model"
-        self.model_file = folder / "model.json"
         self.adapter = folder / FOLDER
 
     # --- the place
@@ -200,90 +197,25 @@ class RunDirectory(Generic[R_co]):
         """Replace ``report.json``."""
         write_json_atomic(self.report_file, report.model_dump(mode="json"))
 
-    def finished_report(self, fingerprint: str | None) -> tuple[Report | None, str | None]:
-        """Read the report of a finished run; None where something is left to do.
+    def finished_report(self, fingerprint: str | None) -> Report | None:
+        """Read the report of a finished run; None where something is left to do."""
+        report = self.read_report() if self.report_file.exists() else None
+        finished = report is not None and report.status == "finished" and report.fingerprint == fingerprint
+        return report if finished else None
 
-        With it comes a sentence where a file is damaged or gone.
-        """
-        if not self.report_file.exists():
-            return None, None
-        try:
-            report = self.read_report()
-        except FistaPrunerError as error:
-            return None, f"the report is made again: {error}"
-        if report.status != "finished" or report.fingerprint != fingerprint:
-            return None, None
-        fault = self.model_fault(fingerprint or "")
-        return report, fault and f"the checkpoint is made again: {fault}"
+    # --- the finished checkpoint, and what is no longer needed then
 
-    # --- the finished checkpoint
+    def has_model(self, fingerprint: str | None) -> bool:
+        """Say whether the finished checkpoint of this run is there."""
+        return self.model.is_dir() and read_pruning_record(self.model).get("fingerprint") == fingerprint
 
-    def write_model_record(self, fingerprint: str) -> None:
-        """Record the files of the finished checkpoint, its weights with a hash of samples of their bytes."""
-        weights = {path.name: sampled_sha256(path) for path in self.model.glob("*.safetensors")}
-        files = dict.fromkeys(sorted(self._model_names())) | weights
-        write_sealed_json(self.model_file, {"fingerprint": fingerprint, "files": files})
-
-    def model_record(self) -> dict[str, Any] | None:
-        """Read ``model.json``: ``fingerprint`` of the run, and ``files``; None where it is missing or damaged."""
-        with suppress(OSError, ValueError):
-            return read_sealed_json(self.model_file)
-        return None
-
-    def model_fault(self, fingerprint: str) -> str | None:
-        """Find what is wrong with the finished checkpoint; None where nothing is.
-
-        Weight files are compared by samples of their bytes; configurations, index, tokenizer and the files of a
-        low-rank part must be readable. Where ``model.json`` is missing, shards must be whole.
-        """
-        record = self.model_record()
-        if not self.model.is_dir():
-            return f"{self.model} is gone"
-        for name, sampled in record["files"].items() if record else ():
-            if name != CARD and not (path := self.model / name).is_file():
-                return f"{path} is gone"
-            if sampled is not None and sampled_sha256(self.model / name) != sampled:
-                return f"{self.model / name} is damaged: its checksum is not the one it was written with"
-        try:
-            found = read_json(self.model / PRUNING_RECORD)
-            if found.get("fingerprint") != fingerprint or (record is not None and record["fingerprint"] != fingerprint):
-                return f"{self.model} is not of this run, or is damaged"
-            Checkpoint.open(self.model)
-            for path in (self.model / name for name in READ_BY_TRANSFORMERS):
-                if path.is_file():
-                    read_json(path)
-            if found.get(LOW_RANK) is not None:
-                LowRankAdapter.beside(self.model)
-        except FistaPrunerError as error:
-            return str(error)
-        return None
-
-    def check_model(self) -> None:
-        """Refuse a checkpoint that is to be removed and holds files that this run did not write."""
-        record = self.model_record()
-        own = {*record["files"], CARD} if record else set()
-        if others := sorted(self._model_names() - own):
-            lost = "" if record else " as far as is known: its model.json is gone"
-            advice = "move it away, and run the same command again"
-            raise FistaPrunerError(f"{self.model / others[0]} was not written by this run{lost}: {advice}")
-
-    def remove_model(self) -> None:
-        """Remove the checkpoint, or what a killed attempt has left of it, unless it holds files of others.
-
-        ``model.json`` stays: it tells whose the files are.
-        """
-        self.check_model()
-        remove_folder(self.model)
-
-    def remove_weights(self) -> None:
-        """Remove what is as large as the model, and the times that were spent on it; the records stay."""
-        self.remove_model()
-        remove_adapter(self.adapter)
-        (self.folder / TIMES).unlink(missing_ok=True)
-
-    def _model_names(self) -> set[str]:
-        files = (path for path in self.model.rglob("*") if not path.is_dir())
-        return {str(path.relative_to(self.model)) for path in files if not BYSTANDERS.fullmatch(path.name)}
+    def remove_working_files(self) -> None:
+        """Remove the files from which only an unfinished run goes on; they are as large as the model."""
+        for name in self.working:
+            if (path := self.folder / name).is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class PruneDirectory(RunDirectory[PruneRecord]):
@@ -292,6 +224,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     verb = "prune"
     schema = PruneRecord
     text_name = "calibration"
+    working = ("layers", "hidden", "metrics.safetensors", "bypass.safetensors")
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -299,12 +232,6 @@ class PruneDirectory(RunDirectory[PruneRecord]):
         self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
         self.journal = LayerJournal(folder / "layers")
-
-    def remove_weights(self) -> None:
-        super().remove_weights()
-        self.journal.remove_weights()
-        shutil.rmtree(self.hidden, ignore_errors=True)
-        self.metrics_file.unlink(missing_ok=True)
 
     def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
         """Store the (samples, seqlen) token ids, how they were drawn, and the settings that decide them."""
@@ -365,6 +292,7 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
     """Paths and records of one run that trains, ``recover`` or ``align``."""
 
     schema = TrainingRecord
+    working = ("teacher", "states")
 
     def __init__(self, folder: Path, verb: str) -> None:
         super().__init__(folder)
@@ -396,13 +324,12 @@ class TrainingDirectory(RunDirectory[TrainingRecord]):
 
 
 def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
-    """Open a finished run and its report; refuse an unfinished run and a damaged checkpoint."""
+    """Open a finished run and its report; refuse an unfinished run, and one whose checkpoint is gone."""
     run, report = RunDirectory(folder), load_run(folder)
-    fault, to_do = f"{folder} has no finished checkpoint", "go on"
-    if report.status == "finished" and run.model.is_dir():
-        fault, to_do = run.model_fault(report.fingerprint or "") or "", "make the checkpoint again"
-    if fault:
-        raise FistaPrunerError(f"{fault}: {to_do} with '{shell_line('resume', folder)}'")
+    if report.status != "finished":
+        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with '{shell_line('resume', folder)}'")
+    if not run.has_model(report.fingerprint):
+        raise FistaPrunerError(f"{run.model} is gone, or not of the run in {folder}: run it again in another folder")
     return run, report
 
 

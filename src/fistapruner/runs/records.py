@@ -26,7 +26,7 @@ from pydantic import (
 from ..errors import A_FOLDER, FistaPrunerError, explain, path_text
 from ..runtime.files import read_json
 from ..runtime.machine import Machine
-from ..runtime.show import finite, percent, shell_line, short_count
+from ..runtime.show import finite, percent, short_count
 from ..settings.structure import Remove, compensation_of
 from .log import read_steps
 
@@ -838,13 +838,9 @@ def load_run(folder: Path) -> Report:
     if name is None:
         reason = "is not a run: it has neither report.json nor run.json" if folder.exists() else "does not exist"
         raise FistaPrunerError(f"{folder} {reason}")
-    try:
-        data = read_json(folder / name)
-    except FistaPrunerError as error:
-        if name == "run.json" or not (folder / "run.json").is_file():
-            raise
-        raise FistaPrunerError(f"{error}: make it again with '{shell_line('resume', folder)}'") from None
-    data = {key: value for key, value in data.items() if key not in ("decision", "format", "sha256")}  # of run.json
+    data = {
+        key: value for key, value in read_json(folder / name).items() if key not in ("decision", "format", "sha256")
+    }  # of run.json
     report = parse(Report, data, str(folder / name))
     if report.recovery is not None and report.status != "finished":
         report.recovery.read_journal(folder / "steps.jsonl")

@@ -95,12 +95,6 @@ class LayerJournal(Store):
         content = self.get(index, fingerprint)
         return None if content is None else LayerEntry.model_validate(content)
 
-    def remove_weights(self) -> None:
-        """Remove the tensors of all layers, which are as large as the model; their records stay."""
-        for path in self._own():
-            if path.suffix != ".json":
-                path.unlink()
-
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ..papers.mezo import ForwardOnly
 from ..pruning import write
 from ..reporting.facts import length_setting
 from ..runs import settled
-from ..runs.directory import TrainingDirectory, refuse_out
+from ..runs.directory import TrainingDirectory, finished_run, refuse_out
 from ..runs.log import Listener, Logged, Times, read_steps, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
@@ -162,7 +161,7 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
     run.record()  # a run of another verb is refused before its log is written to
     with run.entered(lambda: _how_to_continue(run)):
         listener, begun = Logged(told), run.record()
-        report, fault = None, None
+        report = None
         if begun is not None:
             before, here = begun.decision, {"model": settled.absolute(request.model), **request.asked}
             del here["execution"]
@@ -170,27 +169,25 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
                 here["dense"] = str(permissions.find(request.dense).folder.absolute())
             dense = before.dense and str(before.dense)
             settled.refuse_other_settings(run, {"model": before.model, "dense": dense, **before.asked}, here)
-            report, fault = run.finished_report(begun.fingerprint)
-        if fault:
-            listener.say(fault)
-        if report is None or fault:
-            # The report of a finished run stays, whatever becomes of its checkpoint.
-            with spent(run.folder) as times, nullcontext() if report else write.reporting_failure(run, times):
+            report = run.finished_report(begun.fingerprint)
+        if report is None:
+            with spent(run.folder) as times, write.reporting_failure(run, times):
                 reset_peak_memory(choose_device(execution.device))
                 training = KINDS[request.recipe.verb](request, listener, world)
                 if begun is None:
                     training.settle()
                     training.write()
-                elif report is None:
+                else:
                     settled.refuse_other_versions(run, begun)
                 listener.tick("opening the run", 0, 1)
                 training.open()
-                write.refuse_foreign_files(run, training.fingerprint)
                 world.announce(READY)
                 with training.trained(times.note) as (trained, state):
-                    report = _write(training, trained, state, times, report)
+                    report = _write(training, trained, state, times)
         else:
+            finished_run(run.folder)
             listener.say(f"{run.folder} holds the finished run of this recipe")
+        run.remove_working_files()
         return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
 
 
@@ -205,13 +202,10 @@ def _how_to_continue(run: TrainingDirectory) -> str:
     return f"interrupted {where}; {how}"
 
 
-def _write(
-    training: Recovery, trained: Trained | ForwardOnly, state: State, times: Times, earlier: Report | None
-) -> Report:
+def _write(training: Recovery, trained: Trained | ForwardOnly, state: State, times: Times) -> Report:
     """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
 
-    ``trained`` is the loaded model with the best weights, ``state`` where training ended, and ``earlier`` the report of
-    the finished run whose checkpoint is written again.
+    ``trained`` is the loaded model with the best weights, ``state`` where training ended.
     """
     run, model, listener = training.run, training.model, training.listener
     report: Report = run.begun_record().report()
@@ -242,12 +236,10 @@ def _write(
         record |= write.write_low_rank(run, part.factors, part.rank, training.layout, report.totals)
     assert report.recovery is not None
     report.totals.time_split["train"] = report.recovery.seconds
-    fingerprint, source = training.fingerprint, model.checkpoint
-    write.finish(run, fingerprint, report, record, earlier, times, listener, source=source, replacement=changed.get)
+    source = model.checkpoint
+    write.finish(run, training.fingerprint, report, record, times, listener, source=source, replacement=changed.get)
     trained_weights = [model.source(f"{name}.weight") for name, _ in training.layout.operators()]
     write.check_zeros(run.model, source, trained_weights)
-    # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
-    shutil.rmtree(run.teacher, ignore_errors=True)
     run.write_report(report)
     return report
 
