@@ -49,7 +49,7 @@ def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_another_process_reads_stays_of_a_finished_run(tmp_path: Path) -> None:
     for number, run in enumerate((PruneDirectory(tmp_path / "0"), TrainingDirectory(tmp_path / "1", "recover"))):
-        working = ["layers/0000.json", "hidden/states", "metrics.safetensors", "bypass.safetensors"]
+        working = ["layers/0000.json", "hidden/states", "bypass.safetensors"]
         working = ["teacher/0.safetensors", "states/1.json"] if number else working
         for name in ("report.json", run.text_file.name, *working):
             (run.folder / name).parent.mkdir(exist_ok=True, parents=True)

@@ -224,7 +224,7 @@ class PruneDirectory(RunDirectory[PruneRecord]):
     verb = "prune"
     schema = PruneRecord
     text_name = "calibration"
-    working = ("layers", "hidden", "metrics.safetensors", "bypass.safetensors")
+    working = ("layers", "hidden", "bypass.safetensors")
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
