@@ -58,7 +58,7 @@ def test_interruption_says_how_to_go_on(runs: Runs, disk: Path) -> None:
     out = disk / "run"
     outcome = runs.run(out, at=2, then="interrupt")
     assert outcome.status == 130, outcome.stderr
-    assert "give the same command again" in outcome.stderr.splitlines()[-1]
+    assert "give the command again" in outcome.stderr.splitlines()[-1]
     outcome = runs.run(out, at=runs.calls // 2, then="interrupt")
     assert outcome.status == 130, outcome.stderr
     assert f"fistapruner resume {out}" in outcome.stderr.splitlines()[-1]

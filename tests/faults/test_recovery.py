@@ -50,11 +50,10 @@ def test_interruption_says_how_to_go_on(recoveries: Runs, disk: Path, cli: tiny.
     out = disk / "run"
     outcome = recoveries.run(out, at=2, then="interrupt")
     assert outcome.status == 130, outcome.stderr
-    assert outcome.stderr.splitlines()[-1].endswith("interrupted before the first step; give the same command again")
+    assert outcome.stderr.splitlines()[-1].endswith("interrupted; give the command again")
     outcome = recoveries.run(out, at=recoveries.calls // 2, then="interrupt")
     assert outcome.status == 130, outcome.stderr
-    last = steps(out)[-1]["step"]
-    assert f"interrupted after step {last} of 6; go on with: fistapruner resume {out}" in outcome.stderr
+    assert f"interrupted; go on with: fistapruner resume {out}" in outcome.stderr
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     facts = json.loads(cli("status", out, "--json").out)
     assert (facts["status"], facts["working"]) == ("running", False)

@@ -41,7 +41,7 @@ def test_a_place_that_no_run_can_have_is_refused(tmp_path: Path) -> None:
     for place in ("link", "link/a/b"):
         with (
             pytest.raises(FistaPrunerError, match=rf"cannot write .*/{place}: "),
-            RunDirectory(tmp_path / place).entered(str),
+            RunDirectory(tmp_path / place).entered(),
         ):
             pass
     refuse_out(tmp_path / "new" / "run")

@@ -1,6 +1,5 @@
 """Other trainers keep the zeros of a pruned model under ``hold_mask``, and lose them without."""
 
-import copy
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -243,39 +242,6 @@ def test_what_is_held() -> None:
         train(transposed, OPTIMIZERS["adamw"], steps=1)
     assert held.operators == ("transformer.h.0.mlp.c_fc.weight",)
     assert int((weight == 0).sum()) == weight.numel() // 2
-
-
-class Saved(nn.Module):
-    """What PEFT puts in the place of a module of ``modules_to_save``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.original_module = module
-        other = copy.deepcopy(module).requires_grad_(False)  # of an adapter that is not active
-        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module), "other": other})
-        module.requires_grad_(False)
-
-    def forward(self, *args: Any) -> Any:
-        return self.modules_to_save["default"](*args)
-
-
-@pytest.mark.parametrize("place", ["mlp", "mlp.up_proj"])
-def test_modules_that_peft_copies_are_held(place: str) -> None:
-    model = pruned()
-    before = fp.hold_mask(model)
-    place = f"model.layers.0.{place}"
-    model.set_submodule(place, Saved(model.get_submodule(place)))
-    with pytest.raises(FistaPrunerError, match=r"_proj\.weight: PEFT has frozen it .* call hold_mask after get_peft"):
-        before.on_train_begin(None, None, None, model=model)
-    masks = zeros(model)
-    held = fp.hold_mask(model)
-    rest = "mlp.up_proj".removeprefix(place.removeprefix("model.layers.0.")).removeprefix(".")
-    assert f"{place}.modules_to_save.default.{rest}.weight".replace("..", ".") in held.operators
-    assert not [name for name in held.operators if "original_module" in name]
-    with held:
-        train(model, OPTIMIZERS["adamw"])
-    after = zeros(model)
-    assert all(torch.equal(after[name] & masks[name], masks[name]) for name in held.operators)
 
 
 def test_a_model_beside_its_frozen_reference_is_held_and_others_are_not() -> None:

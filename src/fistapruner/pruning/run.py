@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import A_MODEL, FistaPrunerError, out_path, path_text
+from ..errors import A_MODEL, out_path, path_text
 from ..measure.data import check_data
 from ..measure.run import measure
 from ..models.source import ModelSource, Permissions
@@ -19,7 +18,7 @@ from ..papers.so_ebm import Workload
 from ..planning import Plan, make_plan
 from ..runs.directory import PruneDirectory, RunDirectory, finished_run, refuse_out
 from ..runs.log import Listener, Logged, Times, spent
-from ..runs.records import Report, load_run
+from ..runs.records import Report
 from ..runs.settled import (
     PruneRecord,
     evaluation_on,
@@ -33,7 +32,6 @@ from ..runs.settled import (
 from ..runtime.devices import choose_device, device_title, reset_peak_memory
 from ..runtime.files import disk_errors
 from ..runtime.numerics import undisturbed
-from ..runtime.show import counted, shell_line
 from ..settings.prune import Recipe
 from ..training.run import resume_training
 from .context import RunContext
@@ -97,7 +95,7 @@ def prune(
     recipe = Recipe.of(recipe).changed(settings)
     permissions = Permissions(allow_pickle, trust_remote_code)
     told = listener or Listener()
-    with run.entered(lambda: _how_to_continue(run)):
+    with run.entered():
         listener = Logged(told)
         settled = run.record()
         if settled is None:
@@ -246,11 +244,3 @@ def _prune(
                 shutil.rmtree(run.hidden, ignore_errors=True)
         alone = len(todo) == len(context.model) and execution.executor == "serial"
         return write(context, times, listener, alone=alone)
-
-
-def _how_to_continue(run: PruneDirectory) -> str:
-    """Say where a run was interrupted, and which command continues it."""
-    with suppress(FistaPrunerError):
-        done = counted(len(load_run(run.folder).layers), "decoder layer")
-        return f"interrupted with {done} done; go on with: {shell_line('resume', run.folder)}"
-    return "interrupted before the first decoder layer; give the same command again"

@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, cast
@@ -132,8 +132,8 @@ class RunDirectory(Generic[R_co]):
             raise FistaPrunerError(f"--out {self.folder} {said}")
 
     @contextmanager
-    def entered(self, interrupted: Callable[[], str]) -> Iterator[None]:
-        """Make, hold and log to the folder; an interruption carries what ``interrupted`` says then.
+    def entered(self) -> Iterator[None]:
+        """Make, hold and log to the folder; an interruption says how to go on.
 
         Folder, log and times go again where the block is refused and has made nothing else.
         """
@@ -142,7 +142,7 @@ class RunDirectory(Generic[R_co]):
         try:
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            with interrupted_with(interrupted), hold(self.folder), log_file(self.log_file):
+            with interrupted_with(self._interrupted), hold(self.folder), log_file(self.log_file):
                 yield
         except FistaPrunerError:
             with suppress(OSError):
@@ -153,6 +153,10 @@ class RunDirectory(Generic[R_co]):
                     if not existed:
                         self.folder.rmdir()
             raise
+
+    def _interrupted(self) -> str:
+        how = "go on with: " + shell_line("resume", self.folder) if self.run_file.exists() else "give the command again"
+        return f"interrupted; {how}"
 
     # --- what was decided, and the report
 

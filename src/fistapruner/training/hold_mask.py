@@ -56,12 +56,6 @@ class hold_mask(TrainerCallback):  # type: ignore[misc]
         return tuple(self._weights)
 
     def __enter__(self) -> Self:
-        copied = _copied(self._model)
-        if name := next((name for name, (module, _) in self._weights.items() if module in copied), None):
-            raise FistaPrunerError(
-                f"{name}: PEFT has frozen it and trains a copy (modules_to_save): call hold_mask after get_peft_model, "
-                "with the model that it returns (trainer.model)"
-            )
         if not self._handles:
             self._reshard()
             before, after = _weak(self._step, True), _weak(self._step, False)
@@ -179,9 +173,9 @@ def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
 @torch.no_grad()
 def held_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Find the weights to hold, linear ones and experts in numbered layers: by name, module and key."""
-    found, copied, fault = dict[str, tuple[nn.Module, str]](), _copied(model), None
+    found, fault = dict[str, tuple[nn.Module, str]](), None
     for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False) if module not in copied else ():
+        for key, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}"
             linear = isinstance(module, (nn.Linear, Conv1D)) and key == "weight"
             held = parameter.is_floating_point() and re.search(r"(^|\.)\d+\.", name)
@@ -198,10 +192,3 @@ def held_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     if fault is not None:
         raise FistaPrunerError(fault)
     return found
-
-
-def _copied(model: nn.Module) -> set[nn.Module]:
-    """Find the modules that PEFT keeps as they were, and trains a copy of (``modules_to_save``)."""
-    wrapped = (dict(module.named_children()) for module in model.modules())
-    pairs = ((children.get("original_module"), children.get("modules_to_save")) for children in wrapped)
-    return {inner for kept, copies in pairs if kept is not None and copies for inner in kept.modules()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from ..pruning import write
 from ..reporting.facts import length_setting
 from ..runs import settled
 from ..runs.directory import TrainingDirectory, finished_run, refuse_out
-from ..runs.log import Listener, Logged, Times, read_steps, spent
+from ..runs.log import Listener, Logged, Times, spent
 from ..runs.records import LayerEntry, OperatorEntry, Report, Totals
 from ..runtime.devices import choose_device, peak_device_memory, peak_memory, reset_peak_memory
 from ..runtime.numerics import undisturbed
-from ..runtime.show import shell_line
 from ..settings.align import AlignRecipe
 from ..settings.train import TrainingRecipe
 from .alignment import Alignment
@@ -159,7 +157,7 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
     run.check_place()
     settled.refuse_overlap(request.model, run.folder)
     run.record()  # a run of another verb is refused before its log is written to
-    with run.entered(lambda: _how_to_continue(run)):
+    with run.entered():
         listener, begun = Logged(told), run.record()
         report = None
         if begun is not None:
@@ -189,17 +187,6 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
             listener.say(f"{run.folder} holds the finished run of this recipe")
         run.remove_working_files()
         return measure(run, report, request.evaluation(run.begun_record()), execution, permissions, listener)
-
-
-def _how_to_continue(run: TrainingDirectory) -> str:
-    """Say where a run was interrupted, and which command continues it."""
-    how, where = "give the same command again", "before the first step"
-    with suppress(FistaPrunerError):
-        if (record := run.record()) is not None:
-            how = f"go on with: {shell_line('resume', run.folder)}"
-            if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
-                where = f"after step {lines[-1]['step']} of {record.decision.steps}"
-    return f"interrupted {where}; {how}"
 
 
 def _write(training: Recovery, trained: Trained | ForwardOnly, state: State, times: Times) -> Report:
