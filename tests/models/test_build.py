@@ -80,7 +80,7 @@ def test_the_precision_is_that_of_the_weights_whatever_the_config_says(
 )
 def test_a_config_does_not_choose_other_code_for_attention(tmp_path: Path, named: str, taken: str) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    tiny.configure(folder, _attn_implementation=named, _experts_implementation="deepgemm")
+    tiny.configure(folder, attn_implementation=named, experts_implementation="deepgemm")
     for model in (load_whole(folder, CPU), tiny.opened(folder).model):
         assert model.config._attn_implementation == taken
         assert model.config._experts_implementation != "deepgemm"

@@ -125,12 +125,6 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
             handle.remove()
 
 
-def state_of(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The saved probabilities and baseline of a run, and what is kept with them."""
-    file = SafetensorsFile(run / "bypass.safetensors")
-    return {name: file.read(name) for name in ("keep", "baseline")}, file.metadata
-
-
 class Stopping(tiny.Said):
     """Interrupts a run after 22 steps."""
 
@@ -151,9 +145,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert any("25 steps of 2 forward passes take about" in sentence for sentence in stopping.sentences)
     fp.prune(str(folder), tmp_path / "parts", listener=resumed, **settings)
     assert "bypass: 20 of 25 steps were taken before" in resumed.sentences
-    (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert (here["identity"], here["step"]) == (there["identity"], "25")
     assert tiny.weights(tmp_path / "parts") == tiny.weights(tmp_path / "whole")
     records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]
     assert records[0].decision.numerics == records[1].decision.numerics

@@ -90,27 +90,25 @@ def test_the_sparse_part_is_trained_beside_it(pruned: Path, tmp_path: Path, para
     assert "PeftModel.from_pretrained" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
+def begin(run: Path, out: Path) -> None:
+    """Train to the middle."""
+    with pytest.raises(KeyboardInterrupt):
+        recover(run, out, listener=tiny.StopsAt("step 3 of 6"))
+
+
 @llama
 def test_a_run_that_goes_on_has_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
-    """From the state in the middle."""
     recover(pruned, tmp_path / "whole")
-    out = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
-    for name in ("report.json", "model.json"):
-        (out / name).unlink()
-    for name in ("model", "adapter"):
-        shutil.rmtree(out / name)
-    max((out / "states").glob("*.safetensors")).unlink()
+    begin(pruned, out := tmp_path / "out")
     assert main(["resume", str(out)]) == 0
+    assert "going on after step" in (out / "log.txt").read_text()
     assert results(out) == results(tmp_path / "whole")
 
 
 @llama
 def test_a_run_whose_low_rank_part_was_exchanged_is_refused(pruned: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(pruned, tmp_path / "run"))
-    recover(run, tmp_path / "out")
-    for name in ("report.json", "model.json"):
-        (tmp_path / "out" / name).unlink()
-    shutil.rmtree(tmp_path / "out" / "model")
+    begin(run, tmp_path / "out")
     file = run / PARTS[1]
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(FistaPrunerError, match="is damaged, or is the low-rank part of another model"):
