@@ -20,6 +20,7 @@ from fistapruner.papers.mrpo import (
     pair_weights,
     preference_losses,
     reference_margins,
+    weigh,
 )
 
 KINDS = ("dpo", "multi-dpo", "harmonic", "geometric")
@@ -156,6 +157,8 @@ def test_weights() -> None:
     assert held_out_weights(references, "margin").tolist() == pytest.approx([4 / 5, 1 / 5])
     assert pair_weights(references).flatten().tolist() == pytest.approx([0.8, 0.8, 0.2, 0.2], abs=1e-5)
     assert fixed_weights(torch.tensor([1.0, 3.0]), 2).tolist() == [[0.25, 0.25], [0.75, 0.75]]
+    for rule, expected in {"fixed": [0.5, 0.5], "held-out": [0.5, 0.5], "held-out-margin": [0.8, 0.2]}.items():
+        assert weigh(references, rule, [0])[:, 1].tolist() == pytest.approx(expected)  # the first pair is held out
     equal = torch.zeros(2, 3, 2).double()
     assert pair_weights(equal).tolist() == [[0.5] * 3] * 2
     assert held_out_weights(equal - torch.tensor([0.0, 1.0]).double().flip(0)).tolist() == [0.5, 0.5]

@@ -186,6 +186,22 @@ def damped_cholesky(gram: Tensor, share: float = 0.0, label: str = "operator") -
     )
 
 
+def shrunk_root(metric: Tensor, share: float) -> Tensor | None:
+    """Return ``R`` with ``R R^T`` a metric of which its mean eigenvalue replaces a share.
+
+    Takes an (n, n) positive semi-definite matrix, or its (n,) diagonal, whose root is a diagonal, too. A metric of
+    zeros, as of a model whose outputs never change, tells errors apart no more than the identity: it has none.
+    """
+    if bool((metric if metric.ndim == 1 else metric.diagonal()).mean() == 0):
+        return None
+    if metric.ndim == 1:
+        return ((1 - share) * metric + share * metric.mean()).sqrt()
+    metric = (1 - share) * metric
+    metric.diagonal().add_(share / (1 - share) * metric.diagonal().mean())
+    root, info = torch.linalg.cholesky_ex(metric)
+    return root if int(info) == 0 else damped_cholesky(metric, 0.0, "the metric of output errors")[0]
+
+
 def largest_eigenvalue(gram: Tensor) -> Tensor:
     """Bound the largest eigenvalue of a Gram by block power iteration (0-dim tensor).
 

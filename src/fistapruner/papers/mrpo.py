@@ -121,6 +121,19 @@ def clipped(references: Tensor, eta: float) -> Tensor:
     return references.clamp((1 + share) * middle, (1 - share) * middle)
 
 
+def weigh(references: Tensor, rule: str, held_out: list[int]) -> Tensor:
+    """Compute (K, pairs) weights by a recipe's rule.
+
+    ``references`` are (K, pairs, 2) log-probabilities, ``held_out`` numbers of pairs that are not trained on.
+    """
+    if rule == "per-pair":
+        return pair_weights(references)
+    shares = references.new_ones(len(references))
+    if rule != "fixed":
+        shares = held_out_weights(references[:, held_out], "margin" if rule == "held-out-margin" else "accuracy")
+    return fixed_weights(shares, references.shape[1])
+
+
 def fixed_weights(shares: Tensor, pairs: int) -> Tensor:
     """Give every pair the same (K,) weights; their sum is made 1."""
     return (shares / shares.sum())[:, None].expand(-1, pairs)

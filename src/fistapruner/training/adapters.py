@@ -1,13 +1,13 @@
 """Merge an adapter of the PEFT library into a pruned checkpoint, with every zero kept.
 
-PEFT loads and merges the adapter (``merge_and_unload``); then the zeros of the pruned weights are put back. An adapter
-whose product is masked only now is another function than the one that was trained: the report says how much the mask
-took from it.
+PEFT merges; then the zeros are put back. An adapter whose product is masked only now is another function than the one
+that was trained: the report says how much the mask took from it.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +36,10 @@ from .hold_mask import held_weights
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_adapter`` did.
+    """What ``merge_adapter`` did; counts are over the pruned operators that the adapter changes.
 
-    Args:
-        model: folder of the pruned checkpoint; ``adapter``: of the adapter; ``out``: of the result.
-        kind: of the adapter, as PEFT names it.
-        operators: pruned operators that the adapter changes.
-        weights: of these; ``zeros``: before as after; ``refilled``: zeros that the adapter would have filled.
-        masked_share: share of the squared norm of the adapter's change that the mask took.
+    ``refilled`` counts zeros that the adapter would have filled, ``masked_share`` is the share of the squared norm of
+    its change that the mask took, ``kind`` is PEFT's name of it.
     """
 
     model: Path
@@ -124,7 +120,7 @@ def merge_adapter(
 
 def _mask(merged: Any, before: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
     """Put the zeros of the weights back; return the counts of a :class:`MergeReport`."""
-    counts = dict.fromkeys(("operators", "weights", "zeros", "refilled"), 0)
+    counts = Counter(operators=0, weights=0, zeros=0, refilled=0)
     change = masked = 0.0
     for name, start in before.items():
         weight = merged.get_parameter(name)
@@ -132,9 +128,7 @@ def _mask(merged: Any, before: Mapping[str, Tensor], dtype: torch.dtype) -> dict
         if not torch.equal(after, start.to(dtype).float()):
             difference = (weight.data - start).square()
             change, masked = change + float(difference.sum()), masked + float(difference[zero].sum())
-            counts["operators"] += 1
-            counts["weights"] += start.numel()
-            counts["zeros"] += int(zero.sum())
-            counts["refilled"] += int((after[zero] != 0).sum())
+            refilled = int((after[zero] != 0).sum())
+            counts.update(operators=1, weights=start.numel(), zeros=int(zero.sum()), refilled=refilled)
         weight.data = torch.where(zero | (after == 0), start, weight.data)
     return {**counts, "masked_share": masked / change if change else 0.0}

@@ -51,9 +51,8 @@ class Alignment(Recovery):
 
     def check(self) -> dict[str, int]:
         """Find the other reference models, tokenise and split the pairs; see :class:`.Recovery`."""
-        names, recipe, model = list[str](), self.recipe, self.model
-        for name in recipe.references:
-            names.append(name)
+        names, recipe, model = list(self.recipe.references), self.recipe, self.model
+        for place, name in enumerate(names):
             if name not in ("pruned", "dense"):
                 source = find_input(name, self.permissions, "align references")
                 other = open_model(source, recipe)
@@ -64,7 +63,7 @@ class Alignment(Recovery):
                         "share its tokenizer"
                     )
                 check_model(other)
-                names[-1] = str(source.folder.absolute())
+                names[place] = str(source.folder.absolute())
         self.recipe = recipe = recipe.model_copy(update={"references": tuple(names)})
         pairs = read_pairs(str(recipe.data.pairs))
         text = self.text = tokenise_pairs(pairs, recipe.data, self.tokenizer, self.seqlen, self.warn)
@@ -132,19 +131,10 @@ class Alignment(Recovery):
         return values
 
     def _weighed(self, references: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-        """Return the references of the loss: names, (K, pairs, 2) log-probabilities, and (K, pairs) weights.
-
-        A loss without any is told against the model that went in. For the harmonic mean they are clipped.
-        """
+        """Return names, (K, pairs, 2) log-probabilities and (K, pairs) weights of references, or the input."""
         recipe, names = self.recipe, self.recipe.resolved_references or ("pruned",)
         stacked = torch.stack([references[name] for name in names])
-        if recipe.weights == "per-pair":
-            weights = mrpo.pair_weights(stacked)
-        else:
-            held_out = stacked[:, [window // 2 for window in self.text.windows("held_out")[::2]]]
-            rule: Any = {"held-out": "accuracy", "held-out-margin": "margin"}.get(recipe.weights)
-            shares = mrpo.held_out_weights(held_out, rule) if rule else torch.ones(len(names), dtype=torch.float64)
-            weights = mrpo.fixed_weights(shares, stacked.shape[1])
+        weights = mrpo.weigh(stacked, recipe.weights, [n // 2 for n in self.text.windows("held_out")[::2]])
         if recipe.loss == "harmonic" and recipe.clip != "none":
             stacked = mrpo.clipped(stacked, recipe.clip)
         return names, stacked, weights

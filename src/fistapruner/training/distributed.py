@@ -28,22 +28,18 @@ from .masked import TrainedLayer
 
 WAIT = timedelta(hours=6)  # for process 0, which may cut text or compute the dense model's predictions
 
-DONE, READY = "", "ready"
-"""What process 0 tells the others: nothing is left to train, or the run is settled; else why it cannot be."""
+DONE, READY = "", "ready"  # process 0 says: nothing is left to train, or the run is settled; else why it cannot be
 
 
 @dataclass
 class World:
-    """The processes of a run.
-
-    With ``offload`` shards rest in main memory. ``told`` says that process 0 has told the others something.
-    """
+    """The processes of a run."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    offload: bool = False
-    told: bool = False
+    offload: bool = False  # shards rest in main memory
+    told: bool = False  # process 0 has told the others something
 
     def announce(self, message: str) -> None:
         """Tell the other processes how process 0 goes on, once."""
@@ -66,10 +62,6 @@ class World:
         parts = self.gathered([*zip(own, values.tolist(), strict=True)])
         known = dict(pair for part in parts for pair in part)
         return torch.tensor([known[window] for window in windows], dtype=torch.float64)
-
-    def mean(self, value: float) -> float:
-        """Return the mean over the processes."""
-        return float(sum(self.gathered(value)) / self.size)
 
     def tell(self, message: Any = None) -> Any:
         """Return what process 0 says; the others wait for it."""

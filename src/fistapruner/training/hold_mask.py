@@ -4,13 +4,10 @@
         train(model)
 
 or ``Trainer(model, ..., callbacks=[fistapruner.hold_mask(model)])``. The masks are taken once, from the weights as they
-are then. Gradients of pruned weights are set to 0, so that clipping and the optimizer's moments see surviving weights
-only, and pruned weights are set to 0 after every optimizer step, because weight decay, momentum and rounding move
-weights without a gradient too. At the end every pruned weight is checked.
-
-Every ``torch.optim.Optimizer`` calls torch's global step hooks, also inside of ``accelerate``'s wrapper and behind a
-gradient scaler; an optimizer that is made later needs no registration. Trainers that keep their own copies of the
-weights (DeepSpeed, Apex O2) overwrite a model's weights after the hooks; the check at the end reports them.
+are then. Gradients of pruned weights are set to 0, so that clipping and moments see surviving weights only, and pruned
+weights after every optimizer step: weight decay, momentum and rounding move weights without a gradient, too. At the end
+every pruned weight is checked: trainers with their own copies of the weights (DeepSpeed, Apex O2) overwrite the model's
+after torch's global step hooks, which every ``torch.optim.Optimizer`` calls.
 """
 
 from __future__ import annotations
@@ -35,13 +32,9 @@ from .masked import local, whole
 class hold_mask(TrainerCallback):  # type: ignore[misc]
     """Keep every zero of a pruned model while it is trained by any PyTorch trainer.
 
-    Args:
-        model: the pruned model. Held are the linear weights of numbered layers with at least 1 % zeros (all-zero ones
-            are new adapters and are not held). A tensor of all experts of a mixture counts as a linear weight: all of
-            its zeros are held.
-
-    A context manager for the training, and a ``transformers.TrainerCallback``. The masks take one byte for each held
-    weight. The model may be moved, cast, compiled or sharded (FSDP2) after they were taken.
+    A context manager for the training, and a ``transformers.TrainerCallback``. Held are the linear weights, and tensors
+    of all experts of a mixture, in numbered layers with at least 1 % zeros (all-zero ones are new adapters). The masks
+    take one byte for each held weight; the model may be moved, cast, compiled or sharded (FSDP2) afterwards.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,17 +22,15 @@ from ..runtime.show import duration
 
 CHECKS = 8  # on what is held out, at equal distances
 
-BACK_OFF, SMALLEST = 0.3, 0.02
-"""Learning-rate factor after a check that is not better, and share of the first rate below which training stops."""
+BACK_OFF, SMALLEST = 0.3, 0.02  # factor of the rate after a check that is not better; share below which training ends
 
 
 @dataclass(frozen=True)
 class Descent:
     """How the learning rate changes, and AdamW's constants.
 
-    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. With ``goes_back``
-    training goes back to the best weights after a check that is not better. ``betas`` are for a few hundred steps, too
-    few for a second moment over 1,000; ``decay`` is the decoupled weight decay of pruned operators.
+    The rate rises from 0 over the ``warm_up`` share of the steps, then falls to 0 or is constant. ``betas`` are for a
+    few hundred steps, too few for a second moment over 1,000; ``decay`` is the weight decay of pruned operators.
     """
 
     warm_up: float = 0.1
@@ -55,19 +53,15 @@ OURS = Descent()  # measured to be good for a few hundred steps
 
 @dataclass
 class State:
-    """The plain values of a training state.
-
-    The held-out loss is ``before`` at the start, and at its ``best`` after step ``best_step``. ``rate`` is a factor of
-    the learning rate, before the schedule; ``fault`` says why training stopped early.
-    """
+    """The plain values of a training state."""
 
     step: int = 0
-    before: float = math.nan
-    best: float = math.nan
+    before: float = math.nan  # held-out loss at the start
+    best: float = math.nan  # the lowest one
     best_step: int = 0
-    rate: float = 1.0
+    rate: float = 1.0  # factor of the learning rate, before the schedule
     stopped: bool = False
-    fault: str | None = None
+    fault: str | None = None  # why training stopped early
 
 
 def check_due(step: int, steps: int) -> bool:
@@ -113,8 +107,7 @@ class Loop:
                 self._snapshot()
             else:
                 self.listener.say(f"going on after step {whole} of {self.steps}")
-            last = time.monotonic()
-            self._begun = self.state.step, last
+            self._begun = self.state.step, (last := time.monotonic())
             while self.state.step < self.steps and not self.state.stopped:
                 checked = self._take(self.state.step + 1)
                 late = self.agree(time.monotonic() - last > max(LEAST_SECONDS, 10 * self._writing))
@@ -132,11 +125,10 @@ class Loop:
         if number:
             factor = state.rate * self.descent.factor(number, self.steps)
             loss, size = self.step(number, factor)
-            finite = math.isfinite(loss) and math.isfinite(size)
-            line |= {"loss": loss if finite else None, "lr": factor, "size": size if finite else None}
-            line["tokens"] = self.tokens(number)
-            if not finite:
+            line |= {"loss": loss, "lr": factor, "size": size, "tokens": self.tokens(number)}
+            if not (math.isfinite(loss) and math.isfinite(size)):
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {size}"
+                line |= {"loss": None, "size": None}
                 state.stopped = True
                 line["fault"] = state.fault = f"the {what} at step {number}, at {factor:.3g} of the first learning rate"
         if state.fault is None and (number == 0 or check_due(number, self.steps)):

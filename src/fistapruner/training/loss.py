@@ -10,9 +10,8 @@ effective tensors, then the final norm and the head in slices of tokens, where l
 so that no logits outlive their slice. With checkpointing a decoder layer keeps its input only, and runs again on the
 way back (torch.utils.checkpoint).
 
-Training leaves embeddings and head alone, so what the dense model predicts is its own final norm and head applied to
-its last decoder layer's output. That output is stored on disk, ``width`` values a token, in blocks of windows: a block
-is one file, which is there as a whole or not at all; one that is missing is made again, with the same bytes.
+What the dense model predicts is its own final norm and head applied to its last decoder layer's output. That output is
+stored on disk, ``width`` values a token, in blocks of windows: one file each, made again where it is missing.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ from ..text.training import Pairs, TrainingText
 
 LENGTHS = 32  # windows of pairs are cut to multiples of this many tokens, so that few lengths occur
 
-BLOCK_TOKENS = 32768
-"""Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""
+BLOCK_TOKENS = 32768  # few enough to lose little in a kill, enough to pay for reading the dense model
 
 Run = Callable[[int, Tensor, Call], Tensor]  # runs decoder layer (index, hidden states, its other arguments)
 
@@ -87,8 +85,7 @@ class HeadLoss(torch.autograd.Function):
     """Losses of tokens behind the final norm and the head, in slices whose logits are not kept.
 
     ``apply(rows, model, targets, share, dense, factor)`` returns ``factor`` times the (tokens,) fp64 losses of (tokens,
-    width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits; it is
-    None where the loss needs none.
+    width) outputs of the last decoder layer. ``dense(start, stop)`` returns the dense model's logits, if any are used.
     """
 
     @staticmethod
@@ -168,8 +165,8 @@ class Teacher:
 class Objective:
     """The loss of windows of a text under a resident model, whose decoder layers ``run`` runs.
 
-    It is a ``share`` of the divergence from the dense model, which needs a ``teacher``, the rest cross-entropy. With
-    ``checkpointing`` only the inputs of decoder layers are kept for the way back; the bits of the result are the same.
+    It is a ``share`` of the divergence from the dense model, which needs a ``teacher``, the rest cross-entropy. The
+    bits of the result do not depend on ``checkpointing``.
     """
 
     model: LayerwiseModel
@@ -183,10 +180,6 @@ class Objective:
     def resident(self) -> AbstractContextManager[None]:
         """Keep the final norm and head of the dense model loaded for the block."""
         return nullcontext() if self.teacher is None else self.teacher.dense.embeddings_and_head()
-
-    def loss_tokens(self, windows: Sequence[int]) -> Tensor:
-        """Count the tokens with loss of windows."""
-        return self.text.loss_tokens[list(windows)].sum()
 
     @torch.no_grad()
     def losses(self, windows: Sequence[int], run: Run | None = None) -> Tensor:
@@ -272,11 +265,6 @@ class PairObjective(Objective):
     likelihood: float = 0.0
     anchor: float = 0.0
     accuracy: bool = False
-
-    def loss_tokens(self, windows: Sequence[int]) -> Tensor:
-        """See :class:`Objective`; without a preference loss only the chosen answers carry loss."""
-        every = slice(None) if self.references is not None else slice(None, None, 2)
-        return self.text.loss_tokens[list(windows)][every].sum()
 
     def _reduce(self, hidden: Tensor, windows: list[int], factor: float = 1.0) -> Tensor:
         chosen = windows[::2]

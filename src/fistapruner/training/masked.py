@@ -35,10 +35,8 @@ from .loop import OURS, Descent
 ITSELF = ""  # short name of a master that stands for the tensor itself
 
 SHARE = 5e-4
-"""First learning rate of ``full``, norms and biases, as a share of a tensor's root mean square at the start.
-
-Measured with ``full`` on SmolLM2-135M, one window a step: 2e-3 is too high, 4e-4 and 5e-4 are equally good.
-"""
+"""First learning rate of ``full``, norms and biases, as a share of a tensor's root mean square at the start (measured
+on SmolLM2-135M, one window a step: 2e-3 is too high, 4e-4 and 5e-4 are equally good)."""
 
 LORA_RATE = 2e-3  # first learning rate of ``lora`` (measured on SmolLM2-135M)
 

@@ -31,45 +31,38 @@ from .loop import CHECKS
 from .loss import HeadLoss
 from .masked import trained_layer
 
-GROWTH, RESERVE = 256 * 2**20, 0.9
-"""Memory that comes after the plan (code, text, fragments), and the share of free memory that a run may take."""
+GROWTH, RESERVE = 256 * 2**20, 0.9  # memory that comes after the plan, and share of the free that a run may take
 
 MASTER_BYTES = 4 + 4 + 8 + 4  # of a trained number
 
 
 @dataclass
 class Plan:
-    """What a run that trains will need: bytes, windows in one pass, and seconds.
-
-    ``memory`` is the peak by part, of the ``kind`` of which the run may use ``limit``; with ``checkpointing`` decoder
-    layers run twice; ``disk`` is that of the run directory, ``free`` on its disk; ``seconds`` is that of everything.
-    """
+    """What a run that trains will need: bytes, windows in one pass, and seconds."""
 
     parameters: str
     batch_size: int
-    checkpointing: bool
-    memory: dict[str, int]
-    kind: str
+    checkpointing: bool  # decoder layers run twice
+    memory: dict[str, int]  # the peak by part
+    kind: str  # of memory, of which the run may use ``limit``
     limit: int
-    disk: int
+    disk: int  # of the run directory
     free: int
     steps: int
     step_seconds: float
-    seconds: float
+    seconds: float  # of everything
 
     def check(self) -> None:
         """Refuse a run that does not fit."""
-        fault = None
         if (needed := sum(self.memory.values())) > self.limit:
             most = max(self.memory, key=self.memory.__getitem__)
-            fault = (
+            raise FistaPrunerError(
                 f"training {self.parameters} needs {size(needed)} of {self.kind}, {size(self.memory[most])} of it for "
                 f"{most}, and {size(self.limit)} may be used: take --parameters lora, or shorter windows"
             )
-        elif self.disk > self.free:
-            fault = f"the run needs {size(self.disk)} of disk, and {size(self.free)} are free: take another --out"
-        if fault:
-            raise FistaPrunerError(fault)
+        if self.disk > self.free:
+            few = f"{size(self.free)} are free: take another --out"
+            raise FistaPrunerError(f"the run needs {size(self.disk)} of disk, and {few}")
 
     def __str__(self) -> str:
         again = "decoder layers run twice, " if self.checkpointing else ""
@@ -144,8 +137,7 @@ def _measure(
 ) -> tuple[int, int, float, float]:
     """Pass one window through the largest decoder layer and the head, there and back.
 
-    Returns:
-        Trained numbers of all layers, peak bytes of the layer's forward pass, seconds of the layer and of the head.
+    Returns trained numbers of all layers, peak bytes of the layer's forward pass, seconds of the layer and of the head.
     """
     model.check()
     layers = [trained_layer(model, layout, index, recipe) for index in range(len(model))]  # without weights

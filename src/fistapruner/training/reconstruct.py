@@ -1,8 +1,7 @@
 """Block reconstruction: train a pruned decoder layer to give the dense layer's output, masks frozen.
 
-Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream,
-shows only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take
-some AdamW steps on
+Solvers see one operator at a time; how their errors combine shows only in the output of the whole layer. So after a
+layer is pruned, its surviving weights, norms and biases take some AdamW steps on
 
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
@@ -11,11 +10,8 @@ that output (:mod:`fistapruner.allocate.fisher`; the identity where it was not m
 up to the median energy of what the layer adds to a token (of the first window), and falling as its inverse above: the
 squares of tokens with massive activations would dominate the mean.
 
-An operator with a low-rank part is the sum of both parts in the passes; its surviving weights and both factors take the
-steps.
-
-Some calibration windows are for validation only. They decide which step's weights are kept (the pruned layer's own are
-the first candidate), when the step size falls, and when training stops.
+Of an operator with a low-rank part, the sum of both parts in the passes, both factors take the steps, too. Some
+calibration windows are for validation only (:mod:`.loop`).
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.linalg import damped_cholesky, exact_in_fast_products, fast_products
+from ..core.linalg import exact_in_fast_products, fast_products, shrunk_root
 from ..models.layers import LayerwiseModel
 from ..models.low_rank import A, B, sum_of_parts
 from ..models.operators import Group
@@ -40,8 +36,7 @@ from .masked import ITSELF, Form, Masters, TrainedLayer, root_mean_square
 
 RATE = 0.01  # first step size of AdamW, as a share of a tensor's root mean square over surviving weights
 
-VALIDATE_EVERY = MAX_VALIDATION_WINDOWS = 8
-"""Every 8th calibration window is for validation, but at most 8: more would not change the choice, and take time."""
+VALIDATE_EVERY = MAX_VALIDATION_WINDOWS = 8  # every 8th window, at most 8: more would not change the choice
 
 SHRINKAGE = 0.1  # share of the metric that its mean eigenvalue replaces, since it was measured on few tokens
 
@@ -158,13 +153,11 @@ def _write(model: LayerwiseModel, index: int, trained: TrainedLayer) -> dict[str
 
 
 class BlockLoss:
-    """The loss of one window: a weighted mean over tokens, in units of what is added to a typical token.
-
-    ``source`` are hidden states that enter the layer, ``wanted`` its outputs to match.
-    """
+    """The loss of one window: a weighted mean over tokens, in units of what is added to a typical token."""
 
     def __init__(self, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None, device: torch.device) -> None:
-        self.source, self.wanted, self.device, self.root = source, wanted, device, _root(metric, device)
+        self.source, self.wanted, self.device = source, wanted, device
+        self.root = None if metric is None else shrunk_root(metric.to(device), SHRINKAGE)
         self._weights: dict[int, Tensor] = {}
         self.limit = self._added(0).median().clamp_min(1e-30)
 
@@ -192,22 +185,6 @@ class BlockLoss:
             self._weights[window] = (self.limit / self._added(window)).clamp_max(1.0)
         errors = self._energy(output.float() - self._target(window))
         return (self._weights[window] * errors).mean() / self.limit
-
-
-def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return ``R`` with ``R R^T`` the shrunk metric, of a diagonal as one; None is the identity.
-
-    A metric of zeros, as of a model whose outputs never change, tells errors apart no more than the identity.
-    """
-    if metric is None or bool((metric if metric.ndim == 1 else metric.diagonal()).mean() == 0):
-        return None
-    metric = metric.to(device)
-    if metric.ndim == 1:
-        return ((1 - SHRINKAGE) * metric + SHRINKAGE * metric.mean()).sqrt()
-    metric = (1 - SHRINKAGE) * metric
-    metric.diagonal().add_(SHRINKAGE / (1 - SHRINKAGE) * metric.diagonal().mean())
-    root, info = torch.linalg.cholesky_ex(metric)
-    return root if int(info) == 0 else damped_cholesky(metric, 0.0, "the metric of output errors")[0]
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:

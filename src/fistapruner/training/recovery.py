@@ -45,6 +45,7 @@ from ..runtime.devices import cpu_threads, release_memory
 from ..runtime.files import sha256_file
 from ..runtime.numerics import dtype_name, pass_dtype
 from ..runtime.show import count, shell_line
+from ..settings.align import PREFERENCE_LOSSES
 from ..settings.train import RecoverRecipe
 from ..text.generate import load_writer
 from ..text.sources import PYTHON, check_source
@@ -102,10 +103,7 @@ class Request:
 
 
 def find_input(model: str, permissions: Permissions, drops_low_rank: str | None) -> ModelSource:
-    """Find the pruned checkpoint of a run, or any other model.
-
-    A packed one is refused, and one with a low-rank part, which ``drops_low_rank`` would leave out.
-    """
+    """Find a run's checkpoint or any model that is not packed; ``drops_low_rank`` refuses a low-rank part."""
     folder = checkpoint_of(model)
     refuse_packed(folder)
     found = permissions.find(folder if folder.is_dir() else model)
@@ -120,9 +118,8 @@ class Recovery:
     Attributes:
         model: the pruned model that goes in; ``layout``: its operators that are trained.
         source, dense_source, dense: of a run that is settled, the files of both models, and the opened dense model;
-            None where it is not known, or not found under the name ``named``.
-        claims: sparsity of the operators to train, by full name; ``zeros`` counts those of all operators.
-        decision, fingerprint, text, low_rank: of an opened run; ``passes``: arguments of its objectives.
+            None where it is not known, or not found as ``named``.
+        claims: sparsity of the operators to train; ``zeros`` counts those of all; ``passes``: arguments of objectives.
     """
 
     settings: ClassVar[type[Any]] = RecoverRecipe
@@ -374,8 +371,7 @@ class Recovery:
     def trained(self, after_snapshot: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, State]]:
         """Train, or go on training, and keep the model loaded for the block.
 
-        Yields what holds the best weights, and where training ended; ``after_snapshot`` is called when a state is on
-        the disk.
+        Yields what holds the best weights, and where training ended; ``after_snapshot`` follows every snapshot.
         """
         check_model(self.model)
         with cpu_threads(self.decision.numerics.threads), ExitStack() as loaded:
@@ -418,6 +414,7 @@ class Recovery:
     def _loop(self, trained: Any, objective: Objective, windows: Tensor) -> Loop:
         """Make the loop over (steps, windows) numbers of windows."""
         world, text, zeroth, held_out = self.world, self.text, self.recipe.zeroth_order, self.text.windows("held_out")
+        carry = windows if self.recipe.loss in PREFERENCE_LOSSES else windows[:, :: text.together]  # chosen answers
 
         def step(number: int, factor: float) -> tuple[float, float]:
             chosen = windows[number - 1].tolist()
@@ -426,7 +423,7 @@ class Recovery:
                 return found
             count = max(1.0, float(text.counts[chosen].sum())) / world.size
             loss = objective.backward(world.part(chosen, text.together), count)
-            return world.mean(loss), trained.step(factor)
+            return sum(world.gathered(loss)) / world.size, trained.step(factor)
 
         def check() -> tuple[float, dict[str, float]]:
             """Return the mean loss per token or pair over tasks, and that of each of several tasks."""
@@ -441,7 +438,7 @@ class Recovery:
             steps=len(windows),
             step=step,
             held_out=check,
-            tokens=lambda number: int(objective.loss_tokens(windows[number - 1].tolist())),
+            tokens=lambda number: int(text.loss_tokens[carry[number - 1]].sum()),
             descent=descent_of(self.recipe),
             journal=self.run.steps_file if world.rank == 0 else None,
             fingerprint=self.fingerprint,
@@ -487,5 +484,5 @@ def _facts(recipe: Any, text: TrainingText, steps: int) -> dict[str, Any]:
 def identity(recipe: Any, model: LayerwiseModel, text: TrainingText, decision: settled.TrainingDecision) -> str:
     """Hash what decides the run's result."""
     more = [list(decision.dense_stamps), sorted(decision.operators), decision.windows_sha256, decision.steps]
-    low_rank = [] if decision.low_rank is None else [decision.low_rank]
-    return settled.fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more, *low_rank)
+    more += [] if decision.low_rank is None else [decision.low_rank]
+    return settled.fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

@@ -93,8 +93,7 @@ def align(
 ) -> Report:
     """Train a pruned model on preference pairs, with every zero kept.
 
-    Arguments, result and errors are those of ``fistapruner.recover``, for an AlignRecipe: single settings are
-    ``data={"pairs": "pairs.jsonl"}``, ``loss="harmonic"``, ``beta=0.05``.
+    As ``fistapruner.recover``, with settings of an AlignRecipe: ``data={"pairs": "pairs.jsonl"}``, ``beta=0.05``.
     """
     return recover(model, out, recipe=AlignRecipe.of(recipe), **arguments)
 
@@ -190,10 +189,7 @@ def _lead(request: Request, told: Listener, world: World) -> Report:
 
 
 def _write(training: Recovery, trained: Trained | ForwardOnly, state: State, times: Times) -> Report:
-    """Write the checkpoint, with the zeros of the input, and the report of a run that has trained.
-
-    ``trained`` is the loaded model with the best weights, ``state`` where training ended.
-    """
+    """Write the checkpoint, with the input's zeros and the best weights, and the report."""
     run, model, listener = training.run, training.model, training.listener
     report: Report = run.begun_record().report()
     training.describe(trained, report)
