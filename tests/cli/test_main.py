@@ -112,7 +112,8 @@ def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(
     """Under ``torchrun`` a kill interrupts, too, so that the lock is released; a closed terminal ends it."""
     if elastic:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    program = VERB.format(work=f"os.kill(os.getpid(), signal.{name}); print('worked on')")
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup may have run the tests
+    program += VERB.format(work=f"os.kill(os.getpid(), signal.{name}); print('worked on')")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if elastic and name == "SIGHUP":
         assert done.returncode == -signal.SIGHUP
