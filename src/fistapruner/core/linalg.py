@@ -196,10 +196,7 @@ def shrunk_root(metric: Tensor, share: float) -> Tensor | None:
         return None
     if metric.ndim == 1:
         return ((1 - share) * metric + share * metric.mean()).sqrt()
-    metric = (1 - share) * metric
-    metric.diagonal().add_(share / (1 - share) * metric.diagonal().mean())
-    root, info = torch.linalg.cholesky_ex(metric)
-    return root if int(info) == 0 else damped_cholesky(metric, 0.0, "the metric of output errors")[0]
+    return damped_cholesky((1 - share) * metric, share / (1 - share), "the metric of output errors")[0]
 
 
 def largest_eigenvalue(gram: Tensor) -> Tensor:
